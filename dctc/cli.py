@@ -1,0 +1,343 @@
+"""The ``dctc`` command: one thin function a command. Heavy imports stand inside, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from shards.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from shards.manifest import Dataset
+
+app = typer.Typer(
+    name="dctc",
+    help="Semantic segmentation of remote-sensing images from few labels: scenes -> shards -> training -> maps.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+out = Console(soft_wrap=True, highlight=False)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="settings that win over the file")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
+Device = Annotated[str, typer.Option(help="auto (a GPU when there is one), cpu, cuda or cuda:1")]
+
+
+@app.command()
+def synth(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="folder for the scenes")],
+    scenes: Annotated[int, typer.Option(min=1, help="number of scenes")] = 12,
+    size: Annotated[int, typer.Option(min=64, help="side of a scene in pixels")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same files")] = 0,
+) -> None:
+    """Write synthetic labelled scenes: procedural towns as GeoTIFFs in the Potsdam layout.
+
+    Example: dctc synth scenes/synthetic --scenes 12 --size 512 --seed 0
+    """
+    from shards.synth import write_scenes
+
+    with _bar("scenes") as advance:
+        files = write_scenes(folder, scenes=scenes, size=size, seed=seed, progress=advance)
+    out.print(f"{len(files)} files in {folder}", markup=False)
+
+
+@app.command()
+def shard(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="what the dataset is: configs/data/*.yaml")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="the dataset folder to make")],
+    overrides: Overrides = None,
+    root: Annotated[Path, typer.Option(help="the folder that the recipe's patterns start from")] = Path(),
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")] = None,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="go on with what is there, or start anew")] = True,
+    verify: Annotated[bool, typer.Option("--verify", help="re-hash what is there before going on with it")] = False,
+) -> None:
+    """Pack scenes into a dataset folder of tar shards. The bytes do not depend on workers or interruptions.
+
+    Example: dctc shard configs/data/synthetic.yaml datasets/synthetic --root scenes/synthetic
+    """
+    from shards.pack import pack
+    from shards.recipe import load_recipe
+
+    plan = load_recipe(recipe, overrides or [])
+    with _bar("packing") as advance:
+        dataset = pack(
+            plan, root, folder, workers=workers or os.cpu_count() or 1, resume=resume, verify=verify, progress=advance
+        )
+    _show_dataset(dataset)
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DATASET")],
+    picture: Annotated[Path | None, typer.Option(help="write a contact sheet of tiles with their labels")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show counts, classes, shares, statistics and splits of a dataset.
+
+    Example: dctc inspect datasets/synthetic --picture sheet.png
+    """
+    from shards.manifest import Dataset
+    from shards.summary import contact_sheet, summarize
+
+    dataset = Dataset.open(folder)
+    if picture is not None:
+        contact_sheet(dataset, picture)
+    if as_json:
+        print(json.dumps(summarize(dataset), indent=1))
+        return
+    _show_dataset(dataset)
+    if picture is not None:
+        out.print(f"contact sheet {picture}", markup=False)
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(metavar="DATASET")], as_json: AsJson = False) -> None:
+    """Re-hash every shard and index file; exit 1 with the names of what is damaged.
+
+    Example: dctc verify datasets/synthetic
+    """
+    from shards.verify import verify as damages_of
+
+    damages = damages_of(folder)
+    if as_json:
+        print(json.dumps({"dataset": str(folder), "damages": damages}, indent=1))
+    else:
+        for damage in damages:
+            out.print(damage, markup=False)
+        out.print(f"{folder}: {f'{len(damages)} damaged' if damages else 'sound'}", markup=False)
+    raise typer.Exit(1 if damages else 0)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="configs/DATASET/METHOD.yaml")],
+    overrides: Overrides = None,
+    launch: Annotated[Path | None, typer.Option(help="a file of launch/: how processes start")] = None,
+) -> None:
+    """Train: one process here, or as `accelerate launch --config_file LAUNCH dctc/train.py CONFIG ...` does.
+
+    Example: dctc train configs/synthetic/dctc.yaml data.labelled_share=1/8
+    """
+    settings = [str(config), *(overrides or [])]
+    if launch is None:
+        from dctc.train import command
+
+        raise typer.Exit(command(settings))
+    if not launch.is_file():
+        raise InputError(f"{launch}: no such launch file; see launch/README.md")
+    script = str(Path(__file__).with_name("train.py"))
+    start = ["-m", "accelerate.commands.launch", "--config_file", str(launch), script, *settings]
+    os.execv(sys.executable, [sys.executable, *start])  # signals then reach the launcher itself
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="RUN/model.safetensors")],
+    folder: Annotated[Path, typer.Argument(metavar="DATASET")],
+    split: Annotated[str, typer.Option(help="train, val or test")] = "test",
+    batch: Annotated[int, typer.Option(min=1, help="tiles at once")] = 8,
+    report: Annotated[Path | None, typer.Option("--out", help="folder for tables and confusion matrices")] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Score every net of a model on the tiles of a split: all metrics, per class, confusion matrix, time and memory.
+
+    Example: dctc evaluate runs/synthetic-scene/dctc-1_8-s0/model.safetensors datasets/synthetic --split test
+    """
+    from dctc.bundle import Bundle
+    from dctc.evaluation.model import evaluate_model
+    from dctc.evaluation.report import write_evaluation
+    from shards.manifest import Dataset
+
+    bundle = Bundle.load(model, _device(device))
+    evaluation = evaluate_model(bundle, Dataset.open(folder), split, batch)
+    destination = report or model.parent / f"evaluation-{split}"
+    write_evaluation(destination, evaluation, split)
+    if as_json:
+        print(json.dumps(evaluation.as_record(), indent=1))
+        return
+    _show_evaluation(evaluation.as_record(), bundle.headline)
+    out.print(f"tables and confusion matrices in {destination}", markup=False)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="RUN/model.safetensors")],
+    scenes: Annotated[list[Path], typer.Argument(metavar="SCENE...", help="rasters with the model's bands")],
+    folder: Annotated[Path, typer.Option("--out", help="folder for the maps")],
+    net: Annotated[str | None, typer.Option(help="s1, s2, mean or teacher; default: the headline")] = None,
+    overlap: Annotated[float, typer.Option(help="share of a window's side that neighbours share, 0 to 0.9")] = 0.25,
+    batch: Annotated[int, typer.Option(min=1, help="windows at once")] = 8,
+    bands: Annotated[str | None, typer.Option(help="which bands of the scene are the model's, as 3,2,1")] = None,
+    nodata: Annotated[
+        float | None, typer.Option(help="pixel value without data, where the scene declares none")
+    ] = None,
+    tta: Annotated[bool, typer.Option("--tta", help="average over eight flips and quarter turns")] = False,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="also write class probabilities")] = False,
+    entropy: Annotated[bool, typer.Option("--entropy", help="also write the entropy in nats")] = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Predict georeferenced maps of whole scenes, on the scenes' own grids.
+
+    Example: dctc predict runs/synthetic-scene/dctc-1_8-s0/model.safetensors scene.tif --out maps --entropy
+    """
+    from dctc.bundle import Bundle
+    from dctc.mapping.predict import predict_scene
+
+    chosen = _device(device)
+    bundle = Bundle.load(model, chosen)
+    numbers = _band_numbers(bands)
+    if len({scene.stem for scene in scenes}) < len(scenes):
+        raise InputError("two scenes have the same file name, and so would their maps: predict them into two folders")
+    records: list[dict[str, Any]] = []
+    for scene in scenes:
+        with _bar(scene.name) as advance:
+            maps = predict_scene(
+                bundle, scene, folder, net=net, overlap=overlap, batch=batch, device=chosen, tta=tta,
+                bands=numbers, nodata=nodata, probabilities=probabilities, entropy=entropy, progress=advance,
+            )  # fmt: skip
+        written = [str(path) for path in (maps.classes, maps.probabilities, maps.entropy) if path is not None]
+        records.append({"scene": str(scene), "files": written, "mpx_per_s": maps.pixels_per_s / 1e6})
+        if not as_json:
+            out.print(f"{', '.join(written)} ({maps.pixels_per_s / 1e6:.2f} Mpx/s)", markup=False)
+    if as_json:
+        print(json.dumps(records, indent=1))
+
+
+@app.command()
+def compare(
+    experiment: Annotated[str | None, typer.Argument(metavar="[EXPERIMENT]", help="default: all of them")] = None,
+    rows: Annotated[str, typer.Option(help="tag whose values are the rows")] = "method",
+    cols: Annotated[str, typer.Option(help="tag whose values are the columns")] = "share",
+    metric: Annotated[str, typer.Option(help="test metric: miou, pa, mpa, f1, kappa, ...")] = "miou",
+    uri: Annotated[str | None, typer.Option(help="MLflow server; default as in training")] = None,
+    runs: Annotated[Path, typer.Option(help="the runs folder, beside which mlflow.db lies")] = Path("runs"),
+    csv: Annotated[Path | None, typer.Option(help="also write the cells to this file")] = None,
+) -> None:
+    """Compare finished runs from MLflow: mean +- std over seeds, best in bold, one table a dataset.
+
+    Example: dctc compare synthetic-scene --rows method --cols share
+    """
+    from dctc.tracking.compare import compare as tables_of
+    from dctc.tracking.compare import write_csv
+    from dctc.tracking.run import resolve_uri
+
+    comparisons = tables_of(resolve_uri(uri, runs), experiment, rows=rows, cols=cols, metric=metric)
+    for comparison in comparisons:
+        out.print(comparison.table())
+    if csv is not None:
+        write_csv(comparisons, csv)
+        out.print(f"cells in {csv}", markup=False)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show what this machine has, what will work, and what to fix.
+
+    Example: dctc doctor
+    """
+    from dctc.machine import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps(findings, indent=1))
+        return
+    table = Table("what", "found", show_edge=False)
+    for what, found in findings["facts"].items():
+        table.add_row(what, str(found))
+    out.print(table)
+    for advice in findings["to_fix"]:
+        out.print(f"to fix: {advice}", markup=False)
+
+
+@contextmanager
+def _bar(text: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on a terminal and nothing elsewhere; gives ``advance([step,] done, total)``."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(text, total=None)
+
+        def advance(*state: Any) -> None:
+            *step, done, total = state
+            progress.update(task, description=" ".join([text, *map(str, step)]), completed=done, total=total)
+
+        yield advance
+
+
+def _band_numbers(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--bands {text!r} is not a list of band numbers: write them from 1 on, as 3,2,1") from None
+
+
+def _show_dataset(dataset: Dataset) -> None:
+    from shards.summary import tables
+
+    for table in tables(dataset):
+        out.print(table)
+    out.print(f"dataset {dataset.root}, digest {dataset.digest[:12]}", markup=False)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def _show_evaluation(record: dict[str, Any], headline: str) -> None:
+    nets = {name: net["scores"] for name, net in record["nets"].items()}
+    means = Table("net", "mIoU", "PA", "MPA", "F1", "kappa", "entropy", title=f"{record['tiles']} tiles, in %")
+    for name, scores in nets.items():
+        cells = [f"{100 * scores[key]:.1f}" for key in ("miou", "pa", "mpa", "f1", "kappa")]
+        means.add_row(
+            name, *cells, f"{record['nets'][name]['entropy']:.3f} nats", style="bold" if name == headline else ""
+        )
+    classes = Table("class", *nets, title="IoU in %")
+    for label in nets[headline]["classes"]:
+        values = [scores["classes"][label]["iou"] for scores in nets.values()]
+        classes.add_row(label, *("-" if value is None else f"{100 * value:.1f}" for value in values))
+    out.print(means)
+    out.print(classes)
+    agreement = "" if record["agreement"] is None else f"S1 and S2 agree on {record['agreement']:.1%} of the pixels; "
+    speed = f"{record['seconds']:.1f} s, {record['tiles_per_s']:.1f} tiles/s"
+    out.print(f"{agreement}{speed}, peak memory {record['peak_memory_gib']:.2f} GiB", markup=False)
+
+
+def main() -> None:
+    """The entry point: bad input is one message and exit code 2, anything unforeseen a traceback and 1."""
+    try:
+        app()
+    except InputError as error:
+        # From a loader's worker the message comes wrapped in that worker's traceback.
+        print(f"error: {str(error).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""From a run's configuration and a dataset to a trainer, and what happens when the training is over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from dctc.bundle import Description
+from dctc.config import Config, nearest
+from dctc.data.loaders import TrainingStream
+from dctc.data.order import LABELLED, UNLABELLED, Indices, Layout
+from dctc.engine.checkpoint import Checkpoints, Progress, complete, read_progress
+from dctc.engine.parallel import Parallel
+from dctc.engine.precision import Precision
+from dctc.engine.preempt import StopRequest
+from dctc.engine.schedule import Schedule
+from dctc.engine.trainer import Every, Tracker, Trainer
+from dctc.engine.update import OptimizerSpec, Updater
+from dctc.engine.watch import PROBE_TILES, Watch
+from dctc.methods import Method, OptionError, build_method
+from dctc.networks import NetworkSpec, UnknownNetwork
+from shards.errors import InputError
+from shards.index import Index
+from shards.manifest import Dataset
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives and where it goes on from.
+
+    Attributes:
+        folder: ``OUTPUT/EXPERIMENT/NAME``.
+        source: the checkpoint to go on from, None for a fresh start.
+    """
+
+    experiment: str
+    name: str
+    folder: Path
+    progress: Progress
+    source: Path | None
+
+
+def locate(config: Config, dataset: Dataset, parallel: Parallel) -> Run:
+    """Find the run's folder and its latest checkpoint, and write ``config.yaml`` into it.
+
+    Resume precedence: 1. ``run.resume`` is a path: that checkpoint. 2. ``auto``: the latest complete one of the folder.
+    3. none there: a fresh start. ``never`` refuses a folder that has checkpoints, so that two runs cannot mix.
+
+    Raises:
+        InputError: a checkpoint of other data or settings (the keys are named), or ``never`` as above.
+    """
+    experiment = config.run.experiment or f"{dataset.manifest.name}-{dataset.manifest.protocol}"
+    name = config.run.name or f"{config.method.name}-{config.data.labelled_share}-s{config.run.seed}"
+    folder = config.run.output / experiment.replace("/", "_") / name.replace("/", "_")
+    source = parallel.from_main(_resume_source(config.run.resume, folder))
+    progress = Progress(dataset=dataset.digest, settings=config.result_settings())
+    if source is not None:
+        progress = read_progress(source)
+        progress.must_match(dataset.digest, config.result_settings(), source)
+    if parallel.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False))
+        except OSError as error:
+            raise InputError(f"{folder}: cannot write the run's folder ({error.strerror}); set run.output") from None
+    return Run(experiment, name, folder, progress, source)
+
+
+def _resume_source(resume: str, folder: Path) -> Path | None:
+    found = complete(folder / "checkpoints")
+    if resume == "never":
+        if found:
+            raise InputError(f"{folder}: has checkpoints of an earlier run; choose another run.name or run.resume=auto")
+        return None
+    if resume == "auto":
+        return found[-1] if found else None
+    return Path(resume)
+
+
+def build_trainer(
+    config: Config, dataset: Dataset, parallel: Parallel, run: Run, tracker: Tracker, stop: StopRequest
+) -> Trainer:
+    """Put everything together; raises :class:`InputError` for settings that cannot work, before the first round."""
+    index = Index.open(dataset)
+    layout = Layout(parallel.world, parallel.rank, config.parallel.accumulation)
+    labelled_rows = index.labelled_rows(config.data.labelled_share)
+    if not len(labelled_rows):
+        raise InputError(f"{dataset.root}: no labelled training tile, and method {config.method.name} needs labels")
+    precision = Precision(config.precision.dtype, parallel.device, config.precision.channels_last)
+    torch.manual_seed(config.run.seed)  # nothing else draws from a global generator
+    method = _method(config, dataset, parallel)
+    for name, module in method.parts.items():
+        method.parts[name] = parallel.wrap(precision.lay_out(module))
+    updater = Updater(method.parts, _optimizer_spec(config), parallel, precision)
+    schedule = Schedule.plan(
+        len(index.rows("train")), config.data.batch_labelled,
+        config.schedule.epochs, config.schedule.warmup, config.schedule.rounds,
+    )  # fmt: skip
+    checkpoints = Checkpoints(run.folder / "checkpoints", config.run.keep, parallel)
+    if run.source is not None:
+        checkpoints.load(run.source, method.parts, updater.optimizers)
+
+    def stream(number: int, rows: Indices, batch: int) -> TrainingStream:
+        return TrainingStream(
+            dataset, number, rows, batch, config.run.seed, layout, config.data.augment, config.data.workers,
+            labels=number == LABELLED,
+        )  # fmt: skip
+
+    unlabelled_rows = index.unlabelled_rows(config.data.labelled_share)
+    watch = Watch(
+        method=method,
+        dataset=dataset,
+        parallel=parallel,
+        precision=precision,
+        layout=layout,
+        folder=run.folder,
+        rows=_watched_rows(index, labelled_rows, unlabelled_rows, config.evaluation.pictures),
+        batch=config.evaluation.batch,
+        describe=partial(describe, config, dataset),
+        warn=partial(_warn, parallel.is_main),
+        warn_from=schedule.rounds // 5,
+    )
+    return Trainer(
+        method=method,
+        updater=updater,
+        precision=precision,
+        parallel=parallel,
+        labelled=stream(LABELLED, labelled_rows, config.data.batch_labelled),
+        unlabelled=stream(UNLABELLED, unlabelled_rows, config.data.batch_unlabelled)
+        if method.uses_unlabelled
+        else None,
+        schedule=schedule,
+        every=_intervals(config, schedule),
+        checkpoints=checkpoints,
+        progress=run.progress,
+        tracker=tracker,
+        stop=stop,
+        watch=watch,
+    )
+
+
+def finish(trainer: Trainer, config: Config) -> None:
+    """After the last round: the model file, the test, the report, all of it into the tracker too."""
+    progress, watch, tracker = trainer.progress, trainer.watch, trainer.tracker
+    progress.tracking_id = tracker.run_id
+    model = watch.save_model("model.safetensors", progress)
+    evaluation = watch.test() if config.evaluation.test else None
+    report = watch.report(progress, evaluation, trainer.tiles_per_round)
+    if not trainer.parallel.is_main:
+        return
+    if evaluation is not None:
+        tracker.metrics(evaluation.as_metrics("test"), progress.rounds)
+        print(f"test mIoU {evaluation.scores(trainer.method.headline).miou:.4f} ({trainer.method.headline})")
+    for file in (model, report, watch.folder / "config.yaml", *watch.folder.glob("test-*")):
+        tracker.artifact(file)
+    print(f"model {model}\nreport {report}")
+
+
+def _method(config: Config, dataset: Dataset, parallel: Parallel) -> Method:
+    try:
+        return build_method(config.method.name, _network_spec(config, dataset, parallel), config.method.options)
+    except OptionError as error:
+        hint = f"; {nearest(error.key, error.known)}" if error.known else ""
+        raise InputError(f"key method.{error.key}: {error}{hint}") from None
+    except UnknownNetwork as error:
+        raise InputError(f"key network.name: {error}") from None
+
+
+def _network_spec(config: Config, dataset: Dataset, parallel: Parallel | None = None) -> NetworkSpec:
+    """The network for this dataset; without ``parallel``, as a model file names it (sync norm is batch norm there)."""
+    norm = config.network.norm
+    if parallel is None:
+        norm = "group" if norm == "group" else "batch"
+    elif norm == "auto":
+        norm = "sync" if parallel.world > 1 and parallel.device.type == "cuda" else "batch"
+    elif norm == "sync" and parallel.device.type != "cuda":
+        raise InputError("network.norm is sync, which needs GPUs: use batch or group on CPU")
+    manifest = dataset.manifest
+    return NetworkSpec(len(manifest.bands), len(manifest.classes), config.network.name, config.network.width, norm)
+
+
+def _optimizer_spec(config: Config) -> OptimizerSpec:
+    return OptimizerSpec(**config.optimizer.model_dump())
+
+
+def _intervals(config: Config, schedule: Schedule) -> Every:
+    def rounds(value: int | None) -> int:
+        return schedule.epoch if value is None else value
+
+    return Every(
+        log=config.run.log_every,
+        validate=rounds(config.evaluation.every),
+        picture=rounds(config.run.pictures_every),
+        checkpoint=rounds(config.run.checkpoint_every),
+    )
+
+
+def _watched_rows(index: Index, labelled: Indices, unlabelled: Indices, pictures: int) -> dict[str, Indices]:
+    """Fixed samples spread evenly over their sets, so that curves and pictures always show the same tiles."""
+    val, test = index.rows("val"), index.rows("test")
+    return {
+        "val": val,
+        "test": test,
+        "labelled": labelled,
+        "probe": _spread(unlabelled, PROBE_TILES),
+        "pictures": _spread(next(rows for rows in (val, unlabelled) if len(rows)), pictures),
+    }
+
+
+def _spread(rows: Indices, count: int) -> Indices:
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(np.int64)]
+
+
+def _warn(enabled: bool, text: str) -> None:
+    if enabled:
+        print(f"warning: {text}", flush=True)
+
+
+def describe(config: Config, dataset: Dataset, progress: Progress) -> Description:
+    """What the model files of this run say of themselves."""
+    manifest = dataset.manifest
+    return Description(
+        method=config.method.name,
+        options=config.method.options,
+        network=_network_spec(config, dataset),
+        bands=[band.name for band in manifest.bands],
+        dtype=manifest.dtype,
+        mean=[band.mean for band in manifest.bands],
+        std=[band.std for band in manifest.bands],
+        classes=manifest.classes,
+        tile_size=manifest.tile_size,
+        dataset=dataset.digest,
+        rounds=progress.rounds,
+        run_id=progress.tracking_id,
+    )

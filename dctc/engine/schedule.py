@@ -1,0 +1,39 @@
+"""Length of a run and its learning rate, as pure functions of the round."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+def rounds_per_epoch(training_tiles: int, batch: int) -> int:
+    """``ceil(all training tiles / batch)``: the same for every method and share, so that rows of a table cost alike."""
+    return math.ceil(training_tiles / batch)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then half a cosine down to 0, by the round.
+
+    Attributes:
+        rounds: length of the run.
+        warmup: rounds of the warm-up.
+        epoch: rounds of one epoch.
+    """
+
+    rounds: int
+    warmup: int
+    epoch: int
+
+    @classmethod
+    def plan(cls, training_tiles: int, batch: int, epochs: int, warmup_epochs: float, rounds: int | None) -> Schedule:
+        """From epochs, or from ``rounds``, which keeps the warm-up's share of the run."""
+        epoch = rounds_per_epoch(training_tiles, batch)
+        total = rounds if rounds is not None else epochs * epoch
+        return cls(total, min(total, round(total * warmup_epochs / epochs)), epoch)
+
+    def factor(self, step: int) -> float:
+        """What the base learning rate is multiplied with in round ``step`` (from 0)."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(1, self.rounds - self.warmup)))

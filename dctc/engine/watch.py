@@ -1,0 +1,193 @@
+"""What is looked at while a run trains and when it is over: scores, pseudo-label quality, pictures, model files."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from dctc.bundle import Description, save_bundle
+from dctc.data.loaders import DeviceBatch, Normaliser, evaluation_batches
+from dctc.data.order import Indices, Layout
+from dctc.data.tiles import RawBatch, TileDataset
+from dctc.engine.checkpoint import Progress
+from dctc.engine.parallel import Parallel, unwrapped
+from dctc.engine.precision import Precision
+from dctc.evaluation.evaluate import Evaluation, evaluate_tiles
+from dctc.evaluation.pictures import draw_panels
+from dctc.evaluation.report import write_evaluation
+from dctc.methods.base import Method, inference
+from shards.manifest import IGNORE, Dataset
+
+PROBE_TILES = (
+    32  # unlabelled tiles looked at beside each validation: a fixed sample, so that its curve is one of the nets
+)
+DYING_BELOW = 0.1  # a class is dying when a net predicts less than this part of its share in the labels ...
+DYING_FROM = 0.005  # ... and that share is at least this
+
+
+@dataclass
+class Watch:
+    """Reads a method, never trains it. All ranks call every method of it but the drawing.
+
+    Attributes:
+        rows: index rows by purpose: "val", "test", "probe" (unlabelled), "labelled", "pictures".
+        describe: what a model file of now says of itself.
+        warn: shows one line to the user.
+        warn_from: round from which a class may be called dying; an untrained net predicts few classes.
+    """
+
+    method: Method
+    dataset: Dataset
+    parallel: Parallel
+    precision: Precision
+    layout: Layout
+    folder: Path
+    rows: dict[str, Indices]
+    batch: int
+    describe: Callable[[Progress], Description]
+    warn: Callable[[str], None]
+    warn_from: int
+    _label_shares: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
+    _dying: set[tuple[str, str]] = field(default_factory=set)
+
+    def validate(self, progress: Progress) -> dict[str, float]:
+        """Score the validation split; keep ``best.safetensors``. Metrics ``val/``, ``best/val_miou``, ``train/``."""
+        metrics = self._probe(progress)
+        if len(self.rows["val"]):
+            evaluation = self._evaluate(self.rows["val"], self.precision.autocast())
+            metrics |= evaluation.as_metrics("val")
+            score = evaluation.scores(self.method.headline).miou
+            if progress.best is None or score > progress.best:
+                progress.best = score
+                self.save_model("best.safetensors", progress)
+            metrics["best/val_miou"] = progress.best
+        return metrics
+
+    def save_model(self, name: str, progress: Progress) -> Path:
+        """Write a self-describing model file into the run's folder (main rank)."""
+        path = self.folder / name
+        if self.parallel.is_main:
+            save_bundle(path, self.describe(progress), {n: unwrapped(m) for n, m in self.method.parts.items()})
+        return path
+
+    def test(self) -> Evaluation | None:
+        """Score the test split in float32, as ``dctc evaluate`` does, and write the report (main rank).
+
+        Returns None when the dataset has no test split.
+        """
+        if not len(self.rows["test"]):
+            self.warn("the dataset has no test split: no final test")
+            return None
+        evaluation = self._evaluate(self.rows["test"], nullcontext())
+        if self.parallel.is_main:
+            write_evaluation(self.folder, evaluation, "test")
+        return evaluation
+
+    def report(self, progress: Progress, evaluation: Evaluation | None, tiles_per_round: int) -> Path:
+        """Write ``report.json``: final metrics, time, memory, tiles/s, versions (main rank)."""
+        record = {
+            "rounds": progress.rounds,
+            "train_seconds": progress.seconds,
+            "train_tiles_per_s": progress.rounds * tiles_per_round / progress.seconds if progress.seconds else None,
+            "best_val_miou": progress.best,
+            "headline": self.method.headline,
+            "test": None if evaluation is None else evaluation.as_record(),
+            "strategy": self.parallel.strategy,
+            "world_size": self.parallel.world,
+            "device": str(self.parallel.device),
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in ("dctc", "torch", "accelerate", "mlflow", "rasterio", "numpy")},
+        }
+        path = self.folder / "report.json"
+        if self.parallel.is_main:
+            draft = path.with_suffix(".tmp")
+            draft.write_text(json.dumps(record, indent=1) + "\n")
+            draft.replace(path)
+        return path
+
+    def draw(self, step: int) -> dict[str, Path]:
+        """Image, label, every net's prediction and the headline's entropy for the same tiles each time (main rank)."""
+        if not self.parallel.is_main or not len(self.rows["pictures"]):
+            return {}
+        alone = Layout()
+        batches = evaluation_batches(self.dataset, self.rows["pictures"], self.batch, alone, self._normaliser())
+        with inference(*self.method.parts.values()):
+            file = draw_panels(
+                self._logits,
+                batches,
+                self.dataset.manifest,
+                self.folder / "pictures" / f"step-{step:08d}.png",
+                self.method.headline,
+            )
+        return {"pictures": file}
+
+    def _evaluate(self, rows: Indices, autocast: AbstractContextManager[object]) -> Evaluation:
+        with inference(*self.method.parts.values()), autocast:
+            return evaluate_tiles(
+                self._logits,
+                self._batches(rows),
+                self.dataset.manifest.class_names,
+                self.parallel.device,
+                self.parallel.sum,
+                self.method.temperature,
+            )
+
+    def _batches(self, rows: Indices) -> Iterator[tuple[DeviceBatch, RawBatch]]:
+        return evaluation_batches(self.dataset, rows, self.batch, self.layout, self._normaliser())
+
+    def _normaliser(self) -> Normaliser:
+        return Normaliser.of(self.dataset.manifest, self.parallel.device)
+
+    def _logits(self, images: Tensor) -> dict[str, Tensor]:
+        return self.method.logits(images.contiguous(memory_format=self.precision.memory_format))
+
+    def _probe(self, progress: Progress) -> dict[str, float]:
+        """Entropy, agreement, predicted class shares on unlabelled tiles; their quality where labels are held."""
+        evaluation = self._evaluate(self.rows["probe"], self.precision.autocast())
+        metrics: dict[str, float] = {}
+        for name, net in evaluation.nets.items():
+            metrics[f"train/entropy/{name}"] = net.entropy
+            if net.scores is not None:
+                metrics[f"train/pseudo/{name}/miou"] = net.scores.miou
+            for label, share in zip(self.dataset.manifest.class_names, net.predicted, strict=True):
+                metrics[f"train/share/{name}/{label}"] = share
+            if progress.rounds >= self.warn_from and name != "mean":
+                self._warn_of_dying_classes(name, net.predicted)
+        if evaluation.agreement is not None:
+            metrics["train/agreement"] = evaluation.agreement
+        return {key: value for key, value in metrics.items() if math.isfinite(value)}
+
+    def _warn_of_dying_classes(self, net: str, predicted: list[float]) -> None:
+        """Say once by name that a net hardly predicts a class any more, and once that it does again."""
+        shares = self._labelled_shares()
+        for label, share, seen in zip(self.dataset.manifest.class_names, shares, predicted, strict=True):
+            dying = share >= DYING_FROM and seen < DYING_BELOW * share
+            if dying and (net, label) not in self._dying:
+                self._dying.add((net, label))
+                self.warn(
+                    f"class {label!r} is dying in {net}: {seen:.2%} of the unlabelled pixels, {share:.2%} of the labels"
+                )
+            elif not dying and (net, label) in self._dying:
+                self._dying.discard((net, label))
+                self.warn(f"class {label!r} is back in {net}: {seen:.2%} of the unlabelled pixels")
+
+    def _labelled_shares(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        """Class shares of (a sample of) the labels in use, not of those that are held back."""
+        if self._label_shares is None:
+            tiles = TileDataset(self.dataset, labels=True)
+            counts = np.zeros(IGNORE + 1, np.int64)
+            rows = self.rows["labelled"]
+            for row in rows[:: max(1, len(rows) // 256)]:
+                counts += np.bincount(tiles[0, int(row)]["labels"].numpy().ravel(), minlength=IGNORE + 1)
+            counted = counts[: len(self.dataset.manifest.classes)]
+            self._label_shares = counted / max(1, counted.sum())
+        return self._label_shares

@@ -1,0 +1,54 @@
+"""A model file against a dataset: what ``dctc evaluate`` does."""
+
+from __future__ import annotations
+
+from dctc.bundle import Bundle
+from dctc.data.loaders import Normaliser, evaluation_batches
+from dctc.data.order import Layout
+from dctc.evaluation.evaluate import Evaluation, evaluate_tiles
+from dctc.methods.base import inference
+from shards.errors import InputError
+from shards.index import Index
+from shards.manifest import SPLITS, Dataset
+
+
+def evaluate_model(
+    bundle: Bundle, dataset: Dataset, split: str = "test", batch: int = 8, workers: int = 0
+) -> Evaluation:
+    """Score every net of a model on one split, in float32, with the model's own normalisation.
+
+    Raises:
+        InputError: unknown or empty split, no labels in it, or a dataset of other bands, pixel type or classes.
+    """
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    check_fit(bundle, dataset)
+    rows = Index.open(dataset).rows(split)
+    if not len(rows):
+        raise InputError(f"{dataset.root}: its {split} split has no tiles; choose another with --split")
+    normaliser = Normaliser.from_values(bundle.description.mean, bundle.description.std, bundle.device)
+    with inference(*bundle.method.parts.values()):
+        evaluation = evaluate_tiles(
+            bundle.method.logits,
+            evaluation_batches(dataset, rows, batch, Layout(), normaliser, workers),
+            dataset.manifest.class_names,
+            bundle.device,
+            reduce=lambda tensor: tensor,
+            temperature=bundle.method.temperature,
+        )
+    if evaluation.nets[bundle.headline].scores is None:
+        raise InputError(f"{dataset.root}: its {split} split has no labelled pixel to score on")
+    return evaluation
+
+
+def check_fit(bundle: Bundle, dataset: Dataset) -> None:
+    """Raise :class:`InputError` unless bands, pixel type and classes are the model's."""
+    manifest = dataset.manifest
+    facts = {
+        "bands": (bundle.bands, [band.name for band in manifest.bands]),
+        "pixel type": (bundle.dtype, manifest.dtype),
+        "classes": ([c.name for c in bundle.classes], manifest.class_names),
+    }
+    for what, (wanted, found) in facts.items():
+        if wanted != found:
+            raise InputError(f"{dataset.root}: its {what} are {found}, the model was trained on {wanted}")

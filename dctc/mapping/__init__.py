@@ -1,0 +1,1 @@
+"""Whole scenes in, georeferenced maps out."""

@@ -1,0 +1,304 @@
+"""Predict a whole scene: windows, the net, blending, georeferenced maps."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import rasterio
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dctc.mapping.blend import Accumulator
+from dctc.mapping.raster import Layer, MapSet, Scene
+from dctc.mapping.windows import Band, Grid
+from shards.errors import InputError
+from shards.manifest import IGNORE, ClassInfo
+
+PROBABILITY_STEPS = 250  # probabilities are stored as round(250 p) in uint8: steps of 0.004, and 255 stays free
+GDAL_CACHE_BYTES = 256 << 20  # GDAL's default is 5 % of the machine's memory
+VIEWS = tuple((turns, flip) for flip in (False, True) for turns in range(4))  # of a square; the first is the identity
+
+
+class SceneModel(Protocol):
+    """What a model must offer to predict scenes; :class:`dctc.bundle.Bundle` does."""
+
+    @property
+    def bands(self) -> Sequence[str]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def mean(self) -> Sequence[float]: ...
+    @property
+    def classes(self) -> Sequence[ClassInfo]: ...
+    @property
+    def tile_size(self) -> int: ...
+    @property
+    def headline(self) -> str: ...
+    def logits(self, raw: Tensor) -> Mapping[str, Tensor]:
+        """Images [B,C,H,W] in the scenes' units to float logits [B,K,H,W] by the name of the net."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files written for one scene, None where not asked for, and how long it took."""
+
+    classes: Path
+    probabilities: Path | None
+    entropy: Path | None
+    pixels: int
+    seconds: float
+
+    @property
+    def pixels_per_s(self) -> float:
+        """Scene pixels a second from opening the scene to the last rename."""
+        return self.pixels / self.seconds
+
+
+def predict_scene(
+    model: SceneModel,
+    scene: Path,
+    out: Path,
+    *,
+    net: str | None = None,
+    overlap: float = 0.25,
+    batch: int = 8,
+    device: torch.device | str = "cpu",
+    tta: bool = False,
+    probabilities: bool = False,
+    entropy: bool = False,
+    bands: Sequence[int] | None = None,
+    nodata: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Outputs:
+    """Predict ``scene`` and write its maps into the folder ``out``, all of them whole or none.
+
+    Windows of ``model.tile_size`` cover every pixel; their softmax probabilities are blended by a raised cosine and the
+    class is the argmax of the blend. Memory grows with the scene's width, not with its height.
+
+    Written beside each other on the scene's own grid (same CRS, same transform to the last bit):
+        STEM_classes.tif: uint8 class ids with colour table and class names, 255 = no data.
+        STEM_probabilities.tif: uint8 [K], round(250 p) with the scale 1/250 stored in the file, 255 = no data.
+        STEM_entropy.tif: float32, entropy of the blended probabilities in nats, NaN = no data.
+
+    Args:
+        model: already on ``device``.
+        net: which of the model's nets; its headline by default.
+        overlap: share of a window's side that neighbours have in common, at least; 0 to 0.9.
+        batch: windows in one forward pass.
+        tta: average the probabilities over the eight flips and quarter turns of each window.
+        bands: which bands of the scene (from 1) are the model's; see :class:`dctc.mapping.raster.Scene`.
+        nodata: value of pixels without data (in all bands), for scenes that do not say so themselves.
+        progress: called with (pixels done, pixels in all) after each batch.
+
+    Raises:
+        InputError: scene and model do not fit, a damaged scene, an unwritable folder, a bad option, an unknown net, or
+            predictions that are not finite. Nothing is left behind.
+    """
+    began = time.perf_counter()
+    if batch < 1:
+        raise InputError(f"batch {batch}: at least one window must be predicted at a time")
+    with (
+        rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES),
+        torch.inference_mode(),
+        Scene(scene, model.bands, model.dtype, bands, nodata) as source,
+    ):
+        grid = Grid.over(source.height, source.width, model.tile_size, overlap)
+        layers = _layers(model.classes, probabilities, entropy)
+        forward = _Forward(model, net, torch.device(device), tta)
+        with MapSet(out, source, list(layers.values())) as maps:
+            _sweep(source, grid, forward, _Renderer(maps, list(layers), scene), batch, progress)
+            paths = dict(zip(layers, (writer.final for writer in maps.writers), strict=True))
+    pixels = grid.height * grid.width
+    return Outputs(
+        paths["classes"], paths.get("probabilities"), paths.get("entropy"), pixels, time.perf_counter() - began
+    )
+
+
+def _layers(classes: Sequence[ClassInfo], probabilities: bool, entropy: bool) -> dict[str, Layer]:
+    if len(classes) > IGNORE:
+        raise InputError(f"the model has {len(classes)} classes, a uint8 map holds at most {IGNORE} beside nodata")
+    names = tuple(info.name for info in classes)
+    layers = {}
+    if probabilities:
+        scale = 1 / PROBABILITY_STEPS
+        layers["probabilities"] = Layer("probabilities", "uint8", names, IGNORE, predictor=2, scale=scale)
+    if entropy:
+        layers["entropy"] = Layer("entropy", "float32", ("entropy in nats",), math.nan, predictor=3)
+    layers["classes"] = Layer("classes", "uint8", ("class",), IGNORE, predictor=1, palette=tuple(classes))
+    return layers
+
+
+class _Forward:
+    """Class probabilities of a batch of windows."""
+
+    def __init__(self, model: SceneModel, net: str | None, device: torch.device, tta: bool) -> None:
+        self.model = model
+        self.net = model.headline if net is None else net
+        self.device = device
+        self.views = VIEWS if tta else VIEWS[:1]
+        self._mean = torch.tensor(list(model.mean), dtype=torch.float32, device=device)[:, None, None]
+
+    def __call__(self, raw: NDArray[Any], valid: NDArray[np.bool_]) -> Tensor:
+        """Raw windows [B,C,H,H] and their valid pixels [B,H,H] to probabilities float32 [B,K,H,H] on the device."""
+        images = self._to_device(raw).float()
+        if not valid.all():  # what training shows for pixels without data: the band's mean, 0 after normalisation
+            images = torch.where(self._to_device(valid)[:, None], images, self._mean)
+        return average_views(self._probabilities, images, self.views)
+
+    def _probabilities(self, images: Tensor) -> Tensor:
+        logits = self.model.logits(images)
+        if self.net not in logits:
+            raise InputError(f"net {self.net!r} is not in this model: it has {', '.join(logits)}")
+        return logits[self.net].float().softmax(1)
+
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":  # a pageable copy would wait for the net
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+
+def average_views(
+    function: Callable[[Tensor], Tensor], images: Tensor, views: Sequence[tuple[int, bool]] = VIEWS
+) -> Tensor:
+    """Mean over ``views`` (quarter turns, then a mirror) of ``function`` turned back; [B,C,H,H] -> [B,K,H,H].
+
+    Over all eight views the result turns and mirrors exactly as the images do, whatever ``function`` is.
+    """
+    total: Tensor | None = None
+    for turns, flip in views:
+        turned = torch.rot90(images, turns, (2, 3))
+        seen = function(turned.flip(3) if flip else turned)
+        back = torch.rot90(seen.flip(3) if flip else seen, -turns, (2, 3))
+        total = back if total is None else total + back
+    if total is None:
+        raise ValueError("no views to average over")
+    return total / len(views)
+
+
+class _Renderer:
+    """Turns blended probabilities into the rows of the files."""
+
+    def __init__(self, maps: MapSet, kinds: Sequence[str], scene: Path) -> None:
+        self._maps = maps
+        self._kinds = kinds
+        self._scene = scene
+
+    @torch.inference_mode()
+    def __call__(self, blended: Tensor, valid: NDArray[np.bool_]) -> None:
+        """Append rows [K, n, width] whose pixels outside ``valid`` [n, width] become nodata."""
+        if not np.isfinite(blended.sum(0).cpu().numpy()[valid]).all():
+            raise InputError(
+                f"{self._scene}: the model's predictions are not finite; it is damaged, or diverged in training"
+            )
+        rows = []
+        for kind in self._kinds:
+            values, nodata = getattr(self, f"_{kind}")(blended)
+            array: NDArray[Any] = values.cpu().numpy()
+            array[:, ~valid] = nodata
+            rows.append(array)
+        self._maps.append(rows)
+
+    @staticmethod
+    def _classes(blended: Tensor) -> tuple[Tensor, float]:
+        return blended.argmax(0, keepdim=True).to(torch.uint8), IGNORE
+
+    @staticmethod
+    def _probabilities(blended: Tensor) -> tuple[Tensor, float]:
+        return (blended * PROBABILITY_STEPS).round().clamp(0, PROBABILITY_STEPS).to(torch.uint8), IGNORE
+
+    @staticmethod
+    def _entropy(blended: Tensor) -> tuple[Tensor, float]:
+        return torch.special.entr(blended).sum(0, keepdim=True).clamp_min(0), math.nan
+
+
+def _sweep(
+    source: Scene,
+    grid: Grid,
+    forward: _Forward,
+    render: _Renderer,
+    batch: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Predict band after band; a thread reads the next one, another writes the one before."""
+    blend = Accumulator(len(forward.model.classes), grid, forward.device)
+    writing: deque[Future[None]] = deque()
+    windows = 0
+    with ThreadPoolExecutor(1) as writer, closing(_read_ahead(source, grid)) as strips:
+        for band, values, valid in strips:
+            for columns in _batches(grid, valid, batch):
+                raw, seen = _cut(values, grid, columns), _cut(valid, grid, columns)
+                blend.add(forward(raw, seen), band, columns)
+                if progress is not None:
+                    done = windows + columns[-1] + 1
+                    progress(grid.height * grid.width * done // grid.windows, grid.height * grid.width)
+            windows += len(grid.lefts)
+            rows = valid[: band.done - band.top, : grid.width]
+            writing.append(writer.submit(render, blend.flush(band), rows))
+            if len(writing) > 1:
+                writing.popleft().result()
+        for pending in writing:
+            pending.result()
+    if progress is not None:
+        progress(grid.height * grid.width, grid.height * grid.width)
+
+
+def _batches(grid: Grid, valid: NDArray[np.bool_], batch: int) -> Iterator[list[int]]:
+    """Columns of the windows of one band that have any data, ``batch`` at a time."""
+    columns = [i for i, left in enumerate(grid.lefts) if valid[:, left : left + grid.tile].any()]
+    for start in range(0, len(columns), batch):
+        yield columns[start : start + batch]
+
+
+def _cut(strip: NDArray[Any], grid: Grid, columns: Sequence[int]) -> NDArray[Any]:
+    """Windows [n, ..., tile, tile] out of a strip [..., tile, width]."""
+    return np.stack([strip[..., grid.lefts[i] : grid.lefts[i] + grid.tile] for i in columns])
+
+
+_Strip = tuple[Band, NDArray[Any], NDArray[np.bool_]]
+
+
+def _read_ahead(source: Scene, grid: Grid) -> Generator[_Strip]:
+    """The strips of a scene; a thread reads the next one while the caller works on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        strips = _strips(source, grid)
+        coming = pool.submit(next, strips, None)
+        while (strip := coming.result()) is not None:
+            coming = pool.submit(next, strips, None)
+            yield strip
+
+
+def _strips(source: Scene, grid: Grid) -> Iterator[_Strip]:
+    """For each band its values [C, tile, width] and valid pixels [tile, width], padded; each row is read once."""
+    values: NDArray[Any] | None = None
+    valid: NDArray[np.bool_] | None = None
+    bottom = 0
+    for band in grid.bands():
+        fresh_values, fresh_valid = source.read(bottom, band.bottom)
+        if values is None or valid is None:
+            values, valid = fresh_values, fresh_valid
+        else:
+            kept = bottom - band.top
+            values = np.concatenate([values[:, values.shape[1] - kept :], fresh_values], axis=1)
+            valid = np.concatenate([valid[valid.shape[0] - kept :], fresh_valid], axis=0)
+        bottom = band.bottom
+        yield band, _reflect(values, grid.tile), _reflect(valid, grid.tile)
+
+
+def _reflect(strip: NDArray[Any], tile: int) -> NDArray[Any]:
+    """Grow the last two sides to ``tile`` at least, mirrored at the end, as often as it takes."""
+    height, width = (max(0, tile - side) for side in strip.shape[-2:])
+    if not height and not width:
+        return strip
+    return np.pad(strip, [(0, 0)] * (strip.ndim - 2) + [(0, height), (0, width)], mode="reflect")

@@ -1,0 +1,103 @@
+"""Losses from logits, in log space and float32 whatever the autocast (method.md, equations 5 and 6).
+
+A target is either a class map, int64 [B,H,W] with 255 = ignore, or soft: float [B,K,H,W] whose ignored pixels are all
+zero. Losses are sums over the pixels that are not ignored; :func:`pixel_count` says how many those are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dctc.methods.base import IGNORE
+
+LOSSES = ("multiclass", "binary")
+
+
+def sharpened_log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """``log S(softmax(logits), T)`` of equation 5, float32, same shape.
+
+    ``S(p,T)_k = p_k^(1/T) / sum_j p_j^(1/T)`` equals ``softmax(logits / T)`` exactly, so no power is ever taken.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        return torch.log_softmax(logits.float() / temperature, dim=1)
+
+
+def cross_entropy_sum(logits: Tensor, target: Tensor, temperature: float = 1.0, kind: str = "multiclass") -> Tensor:
+    """Summed cross-entropy (equation 6) of ``sharpen(softmax(logits), temperature)`` against ``target``.
+
+    Args:
+        logits: [B,K,H,W], any float dtype.
+        target: class map or soft target (see the module).
+        temperature: 1 leaves the prediction as it is; below 1 sharpens it. The gradient flows through.
+        kind: ``multiclass`` is ``-log p_y``; ``binary`` is ``-[log p_y + sum_{c != y} log(1 - p_c)]``.
+
+    Returns:
+        float32 scalar: the sum over the pixels that are not ignored.
+    """
+    log_p = sharpened_log_probabilities(logits, temperature)
+    with torch.autocast(logits.device.type, enabled=False):
+        if target.is_floating_point():
+            expected, valid = target.float(), target.sum(dim=1) > 0
+        else:
+            valid = target != IGNORE
+            classes = torch.where(valid, target, 0)
+            expected = None
+        if kind == "multiclass":
+            if expected is None:
+                pixels = -log_p.gather(1, classes[:, None]).squeeze(1)
+            else:
+                pixels = -(expected * log_p).sum(dim=1)
+        elif kind == "binary":
+            log_q = log_complement(log_p)
+            if expected is None:
+                chosen = classes[:, None]
+                pixels = -(log_p.gather(1, chosen) + log_q.sum(1, keepdim=True) - log_q.gather(1, chosen)).squeeze(1)
+            else:
+                pixels = -(expected * log_p + (1 - expected) * log_q).sum(dim=1)
+        else:
+            raise ValueError(f"unknown loss {kind!r}: choose one of {', '.join(LOSSES)}")
+        return torch.where(valid, pixels, 0.0).sum()
+
+
+def log_complement(log_p: Tensor) -> Tensor:
+    """``log(1 - p)`` of each class from log-probabilities [B,K,H,W] that sum to 1 over K.
+
+    For the likeliest class it is the log of the others' sum: 1 - p itself is rounded away long before a confident
+    mistake stops to matter (at T = 0.5 from a lead of 8 in the logits on).
+    """
+    top = log_p.argmax(dim=1, keepdim=True)
+    others = log_p.scatter(1, top, -math.inf).logsumexp(dim=1, keepdim=True)
+    return log1mexp(log_p).scatter(1, top, others)
+
+
+def log1mexp(log_p: Tensor) -> Tensor:
+    """``log(1 - exp(x))`` for x <= 0 without cancellation; x within one float epsilon of 0 counts as that epsilon."""
+    x = log_p.clamp(max=-torch.finfo(log_p.dtype).eps)
+    return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
+def pixel_count(target: Tensor) -> Tensor:
+    """How many pixels of ``target`` are not ignored: float32 scalar on its device (no host sync)."""
+    valid = target.sum(dim=1) > 0 if target.is_floating_point() else target != IGNORE
+    return valid.sum().float()
+
+
+def pseudo_label(logits: Tensor, valid: Tensor, soft: bool = False) -> Tensor:
+    """A target from a prediction: argmax, or softmax when ``soft``, ignored where the image has no data.
+
+    The mask is the "Hadamard product of the predicted results and original images" of section 2.1.
+    """
+    if soft:
+        return torch.softmax(logits.float(), dim=1) * valid[:, None]
+    return torch.where(valid, logits.argmax(dim=1), IGNORE)
+
+
+def ramp_up(step: int, start: int, ramp: int) -> float:
+    """Weight of a phase in round ``step``: 0 before ``start``, then exp(-5(1-t)^2) over ``ramp`` rounds, then 1."""
+    if step < start:
+        return 0.0
+    done = 1.0 if ramp == 0 else min(1.0, (step - start) / ramp)
+    return math.exp(-5 * (1 - done) ** 2)

@@ -1,0 +1,48 @@
+"""The supervised baseline: one network, cross-entropy on the labelled tiles alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from dctc.methods.base import Batch, Method, Update
+from dctc.methods.losses import cross_entropy_sum, pixel_count
+from dctc.networks import NetworkSpec, build_network
+
+
+@dataclass(frozen=True)
+class Options:
+    """``attention`` puts the teacher's channel attention into the network; ``loss`` as in :mod:`dctc.methods.dctc`."""
+
+    attention: bool = False
+    loss: Literal["multiclass", "binary"] = "multiclass"
+
+
+class Supervised(Method):
+    """One part, ``network``; its net is called ``s1`` like every method's headline."""
+
+    uses_unlabelled: ClassVar[bool] = False
+
+    def __init__(self, spec: NetworkSpec, options: Options) -> None:
+        super().__init__({"network": build_network(spec, attention=options.attention)})
+        self.options = options
+
+    def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Iterator[Update]:
+        """One update on the labelled batch."""
+        labels = [batch.required_labels() for batch in labelled]
+
+        def sums(micro: int) -> Tensor:
+            logits = self.parts["network"](labelled[micro].images)
+            return cross_entropy_sum(logits, labels[micro], kind=self.options.loss)[None]
+
+        yield Update(("supervised",), ("network",), [pixel_count(y)[None] for y in labels], sums)
+
+    def logits(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits of the one net."""
+        return {"s1": self.parts["network"](images)}
+
+
+build = Supervised

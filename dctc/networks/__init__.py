@@ -1,0 +1,76 @@
+"""Networks by name: one file a network, found by its module name.
+
+A network module offers ``Encoder(bands, width, norm, attention)`` and ``Decoder(classes, width, norm)`` with the call
+signatures of :mod:`dctc.networks.unet`; whoever adds a network adds such a file and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import nn
+
+from dctc.networks.encoder_decoder import EncoderDecoder
+from dctc.networks.unet import NORMS
+
+
+class UnknownNetwork(ValueError):
+    """No module of this name holds a network; ``known`` lists those that do."""
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        super().__init__(f"unknown network {name!r}: choose one of {', '.join(known)}")
+        self.known = known
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """What is needed to build a network: enough to build it again from a model file."""
+
+    bands: int
+    classes: int
+    name: str = "unet"
+    width: int = 64
+    norm: str = "batch"
+
+    def __post_init__(self) -> None:
+        if min(self.bands, self.classes, self.width) < 1:
+            raise ValueError(f"bands, classes and width must be at least 1, got {self}")
+        if self.norm not in NORMS:
+            raise ValueError(f"unknown norm {self.norm!r}: choose one of {', '.join(NORMS)}")
+
+
+def network_names() -> list[str]:
+    """Names of the modules of this package that offer an encoder and a decoder."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    return [name for name in names if hasattr(_module(name), "Encoder") and hasattr(_module(name), "Decoder")]
+
+
+def build_encoder(spec: NetworkSpec, attention: bool = False) -> nn.Module:
+    """The encoder of ``spec``; raises :class:`UnknownNetwork` for a name that no module has."""
+    encoder: nn.Module = _known(spec.name).Encoder(spec.bands, spec.width, spec.norm, attention)
+    return encoder
+
+
+def build_decoder(spec: NetworkSpec) -> nn.Module:
+    """The decoder of ``spec``; raises :class:`UnknownNetwork` for a name that no module has."""
+    decoder: nn.Module = _known(spec.name).Decoder(spec.classes, spec.width, spec.norm)
+    return decoder
+
+
+def build_network(spec: NetworkSpec, attention: bool = False) -> EncoderDecoder:
+    """Encoder and decoder of ``spec`` as one module."""
+    return EncoderDecoder(build_encoder(spec, attention), build_decoder(spec))
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _known(name: str) -> ModuleType:
+    names = network_names()
+    if name not in names:
+        raise UnknownNetwork(name, names)
+    return _module(name)

@@ -1,0 +1,19 @@
+"""One encoder and one decoder as a single module: the teacher, or a supervised baseline."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class EncoderDecoder(nn.Module):
+    """Images [B,bands,H,W] to logits [B,classes,H,W] of the same height and width."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of ``images``; the encoder pads, the decoder crops."""
+        logits: Tensor = self.decoder(self.encoder(images), images.shape[-2:])
+        return logits

@@ -1,0 +1,1 @@
+"""Where a run's numbers, pictures and files go: ``metrics.jsonl``, MLflow, tables and figures."""

@@ -1,0 +1,191 @@
+"""The dataset's face: what a reader must know about a folder of shards.
+
+``manifest.json`` is the commit point of a dataset: it is written last and atomically, so a folder without it is
+not a dataset. Everything in it is derived from the recipe and the scenes alone, so that its sha256
+(:attr:`Dataset.digest`) names the data for good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shards.errors import InputError
+
+SCHEMA_VERSION = 1
+IGNORE = 255
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")  # position = code in the index column `split`
+MANIFEST = "manifest.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClassInfo(_Record):
+    """One class: its position in ``Manifest.classes`` is its id."""
+
+    name: str
+    color: tuple[int, int, int]
+
+
+class Band(_Record):
+    """One image band and its statistics over the valid pixels of the training split (float64 two-pass exact)."""
+
+    name: str
+    mean: float
+    std: float
+    minimum: float
+    maximum: float
+    percentiles: dict[str, float]  # "1", "2", "50", "98", "99"
+
+
+class SplitInfo(_Record):
+    """Counts of one split; a tile is labelled when its label has a pixel of a class.
+
+    ``pixels`` has one entry a class; ``ignored`` says why a pixel carries no class.
+    """
+
+    tiles: int
+    labelled: int
+    scenes: int
+    pixels: list[int]
+    ignored: dict[str, int]  # reason -> pixels of labelled tiles: "ignore_color", "unmatched", "nodata"
+
+
+class Labelled(_Record):
+    """The nested labelled subsets: share s is the first ``ceil(s * total)`` ranks of the index column
+    ``labelled_rank``."""
+
+    seed: int
+    total: int
+    shares: dict[str, int]  # "1/8" -> number of tiles
+    missing: dict[str, list[str]]  # "1/8" -> names of the classes that this subset has no pixel of
+
+
+class Shard(_Record):
+    """One tar file; ``name`` is relative to the dataset folder. A shard holds tiles of one split only."""
+
+    name: str
+    split: Literal["train", "val", "test"]
+    tiles: int
+    labelled: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(_Record):
+    """All of ``manifest.json``. Tiles are ``tile_size`` x ``tile_size`` pixels of ``dtype``, ``len(bands)`` bands."""
+
+    schema_version: int
+    tool_version: str
+    name: str
+    protocol: str  # split protocol of the recipe: "paper", "scene"
+    tile_size: int
+    stride: int
+    codec: dict[str, str]  # {"image": "geotiff", "label": "geotiff"}
+    dtype: Literal["uint8", "uint16", "int16", "float32"]
+    bands: list[Band]
+    classes: list[ClassInfo]
+    ignore_index: int
+    scenes: list[str]  # position = index column `scene`
+    splits: dict[str, SplitInfo]
+    labelled: Labelled
+    shards: list[Shard]  # position = index column `shard`
+    index: dict[str, str]  # column name -> sha256 of its .npy file
+    plan_sha256: str
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class names in id order."""
+        return [c.name for c in self.classes]
+
+
+def parse_share(text: str | float | int | Fraction) -> Fraction:
+    """A labelled share such as ``"1/8"``, ``0.125``, ``"12.5%"`` or ``1`` as an exact fraction in (0, 1].
+
+    Raises:
+        InputError: when it is no number or lies outside (0, 1].
+    """
+    raw = str(text).strip()
+    try:
+        share = Fraction(raw[:-1]) / 100 if raw.endswith("%") else Fraction(raw)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"labelled share {raw!r} is not a number: write 1/8, 0.125, 12.5% or 1") from None
+    if not 0 < share <= 1:
+        raise InputError(
+            f"labelled share {raw} is outside (0, 1]: it is the part of the training tiles whose labels count"
+        )
+    return share
+
+
+def share_count(share: Fraction, total: int) -> int:
+    """How many labelled tiles a share takes: ``ceil(share * total)``, exact, so that shares nest and none is empty."""
+    return math.ceil(share * total)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset folder whose manifest has been read and checked."""
+
+    root: Path
+    manifest: Manifest
+    digest: str  # sha256 of manifest.json
+
+    @classmethod
+    def open(cls, root: str | Path) -> Dataset:
+        """Read ``root/manifest.json``.
+
+        Raises:
+            InputError: when the folder or the manifest is missing, unreadable or of another schema version.
+        """
+        folder = Path(root)
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such dataset folder; make one with `dctc shard RECIPE {folder}`")
+        path = folder / MANIFEST
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            raise InputError(
+                f"{folder}: no {MANIFEST}, so this is no complete dataset; run `dctc shard` again to finish it"
+            ) from None
+        return cls(folder, parse_manifest(raw, path), hashlib.sha256(raw).hexdigest())
+
+
+def parse_manifest(raw: bytes, path: Path) -> Manifest:
+    """Validate the bytes of a manifest; ``path`` is named in errors."""
+    try:
+        record = json.loads(raw)
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); pack the dataset again") from None
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: schema version {version!r}, this dctc reads {SCHEMA_VERSION}; "
+            "pack the dataset again with this version"
+        )
+    try:
+        return Manifest.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}: key {key}: {first['msg']}; pack the dataset again") from None
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """The canonical bytes of a manifest: sorted keys, two-space indent, one final newline."""
+    return (json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n").encode()
+
+
+def missing_classes(mask: int, names: Sequence[str]) -> list[str]:
+    """Names of the classes whose bit is not set in the bitmask ``mask``."""
+    return [name for bit, name in enumerate(names) if not mask >> bit & 1]

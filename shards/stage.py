@@ -1,0 +1,322 @@
+"""Read one scene once and stage its encoded tiles.
+
+``STAGING/SCENE.tiles`` holds the members of all tiles one after another and ``STAGING/SCENE.json``, written last,
+says what lies where. Both are pure functions of the recipe and of the scene's files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import rasterio
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rasterio.io import DatasetReader
+from rasterio.transform import Affine
+
+from shards.codec import encode_image, encode_label
+from shards.errors import InputError
+from shards.files import atomic_file, write_atomic
+from shards.labels import FIRST_REASON, NODATA, REASONS, PaletteDecoder
+from shards.manifest import IGNORE
+from shards.recipe import Recipe
+from shards.rows import Rows, block_height, image_loader, label_loader
+from shards.scenes import Scene, input_files, open_raster, place_of
+from shards.tiling import Window, windows
+
+CACHE_MB = 64  # of decoded source blocks, in each process
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Blob(_Record):
+    """Bytes inside the .tiles file."""
+
+    offset: int
+    size: int
+    crc32: int
+
+
+class StagedTile(_Record):
+    """One encoded tile; ``classes`` has bit k set when class k has a pixel."""
+
+    key: str
+    valid_share: float
+    classes: int
+    pixels: list[int]
+    ignored: dict[str, int]
+    image: Blob
+    label: Blob | None
+    meta: Blob
+
+
+class Source(_Record):
+    """An input file; ``mtime_ns`` only spares a second hashing."""
+
+    path: str
+    bytes: int
+    sha256: str
+    mtime_ns: int
+
+
+class StagedScene(_Record):
+    """The sidecar of a staged scene."""
+
+    scene: str
+    labelled: bool
+    digest: str  # of everything but the inputs that decides the tiles' bytes
+    sources: list[Source]
+    size: int  # bytes of the .tiles file
+    height: int
+    width: int
+    label_pixels: int
+    unmatched: int
+    unknown_colors: list[tuple[tuple[int, int, int], int]]
+    empty: int  # windows without a valid pixel, which are not staged
+    tiles: list[StagedTile]
+
+
+@dataclass(frozen=True)
+class StageTask:
+    """All that a worker needs to stage one scene."""
+
+    recipe: Recipe
+    root: Path
+    staging: Path
+    scene: Scene
+
+    @property
+    def tiles_file(self) -> Path:
+        """The members of all tiles."""
+        return self.staging / f"{self.scene.id}.tiles"
+
+    @property
+    def sidecar(self) -> Path:
+        """The commit point of the staged scene."""
+        return self.staging / f"{self.scene.id}.json"
+
+    @property
+    def digest(self) -> str:
+        """Names everything but the inputs that decides the bytes of the tiles, the encoder included."""
+        parts = [self.recipe.tile_digest, self.scene.id, *self.scene.files, rasterio.__gdal_version__]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def source_of(root: Path, path: str) -> Source:
+    """Size and sha256 of an input file, read in pieces."""
+    try:
+        with (root / path).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            stat = (root / path).stat()
+    except OSError as error:
+        raise InputError(f"{root / path}: cannot be read ({error.strerror})") from None
+    return Source(path=path, bytes=stat.st_size, sha256=digest, mtime_ns=stat.st_mtime_ns)
+
+
+def read_staged(path: Path) -> StagedScene | None:
+    """A sidecar, or None when there is none that can be read."""
+    try:
+        return StagedScene.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
+def is_staged(task: StageTask, verify: bool) -> bool:
+    """Whether the scene is already staged from the same recipe and the same bytes; ``verify`` re-reads all of them."""
+    staged = read_staged(task.sidecar)
+    if staged is None or staged.digest != task.digest:
+        return False
+    if not task.tiles_file.is_file() or task.tiles_file.stat().st_size != staged.size:
+        return False
+    if verify and not _tiles_are_sound(task.tiles_file, staged):
+        return False
+    if [source.path for source in staged.sources] != input_files(task.root, task.scene):
+        return False
+    return all(_is_unchanged(task.root, source, verify) for source in staged.sources)
+
+
+def _is_unchanged(root: Path, source: Source, verify: bool) -> bool:
+    stat = (root / source.path).stat()
+    if stat.st_size != source.bytes:
+        return False
+    return (stat.st_mtime_ns == source.mtime_ns and not verify) or source_of(root, source.path).sha256 == source.sha256
+
+
+def _tiles_are_sound(path: Path, staged: StagedScene) -> bool:
+    with path.open("rb") as file:
+        blobs = (blob for tile in staged.tiles for blob in (tile.image, tile.label, tile.meta) if blob)
+        return all(zlib.crc32(read_blob(file, blob)) == blob.crc32 for blob in blobs)
+
+
+def read_blob(file: IO[bytes], blob: Blob) -> bytes:
+    """The bytes of a blob of an open .tiles file."""
+    file.seek(blob.offset)
+    return file.read(blob.size)
+
+
+def stage_scene(task: StageTask) -> str:
+    """Stage one scene; its id.
+
+    Raises:
+        InputError: when a file cannot be read to its end or too many label pixels have unknown colours.
+    """
+    task.sidecar.unlink(missing_ok=True)
+    sources = [source_of(task.root, path) for path in input_files(task.root, task.scene)]
+    with ExitStack() as stack:
+        stack.enter_context(rasterio.Env(GDAL_CACHEMAX=CACHE_MB))
+        image = stack.enter_context(open_raster(task.root / task.scene.image))
+        label = stack.enter_context(open_raster(task.root / task.scene.label)) if task.scene.label else None
+        reader = _SceneReader(task, image, label)
+        with atomic_file(task.tiles_file) as target:
+            tiles = list(_staged_tiles(reader, target))
+            reader.check_unmatched()
+        decoder = reader.decoder
+        record = StagedScene(
+            scene=task.scene.id,
+            labelled=label is not None,
+            digest=task.digest,
+            sources=sources,
+            size=task.tiles_file.stat().st_size,
+            height=image.height,
+            width=image.width,
+            label_pixels=decoder.pixels if decoder else 0,
+            unmatched=decoder.unmatched if decoder else 0,
+            unknown_colors=decoder.unknown_colors() if decoder else [],
+            empty=reader.empty,
+            tiles=tiles,
+        )
+    write_atomic(task.sidecar, record.model_dump_json().encode())
+    return task.scene.id
+
+
+@dataclass(frozen=True)
+class _Tile:
+    window: Window
+    image: npt.NDArray[Any]  # [C,S,S]
+    valid: npt.NDArray[np.bool_]  # [S,S]
+    codes: npt.NDArray[np.uint8] | None  # [S,S], class ids and reason codes
+
+
+class _SceneReader:
+    def __init__(self, task: StageTask, image: DatasetReader, label: DatasetReader | None) -> None:
+        self.task, self.image = task, image
+        self.decoder: PaletteDecoder | None = None
+        self.empty = 0
+        self.crs_wkt = image.crs.to_wkt() if image.crs else None
+        recipe = task.recipe
+        self._codes: Rows | None = None
+        self._pixels = Rows(
+            image_loader(image, recipe.bands.indexes, recipe.nodata),
+            image.height,
+            block_height(image),
+            recipe.tile.size,
+        )
+        if label is not None and recipe.label is not None:
+            self.decoder = PaletteDecoder(recipe.label, recipe.classes)
+            self._codes = Rows(label_loader(label, self.decoder), label.height, block_height(label), recipe.tile.size)
+
+    def tiles(self) -> Iterator[_Tile]:
+        """Tiles with at least one valid pixel, in row-major order."""
+        tile = self.task.recipe.tile
+        for window in windows(self.image.height, self.image.width, tile.size, tile.step, tile.edge):
+            pixels = _cut(self._pixels, window, 0)
+            valid = pixels[-1] > 0
+            codes = None
+            if self._codes is not None:
+                codes = _cut(self._codes, window, NODATA)
+                codes[~valid] = NODATA
+            if valid.any():
+                yield _Tile(window, pixels[:-1], valid, codes)
+            else:
+                self.empty += 1
+
+    def check_unmatched(self) -> None:
+        """Raise when the share of unknown colours is above what the recipe tolerates."""
+        label, decoder = self.task.recipe.label, self.decoder
+        if label is None or decoder is None or decoder.unmatched <= label.max_unmatched_share * decoder.pixels:
+            return
+        worst = "; ".join(f"{','.join(map(str, color))} ({count} px)" for color, count in decoder.unknown_colors())
+        raise InputError(
+            f"{self.task.root / str(self.task.scene.label)}: {decoder.unmatched / decoder.pixels:.2%} of the label "
+            f"pixels have colours that the recipe does not know, more than label.max_unmatched_share "
+            f"{label.max_unmatched_share:.2%}; most frequent: {worst}. Correct classes, label.ignore_colors or "
+            "label.tolerance"
+        )
+
+
+def _cut(rows: Rows, window: Window, fill: int) -> npt.NDArray[Any]:
+    """A window [..., size, size], padded with ``fill`` beyond the scene; a copy."""
+    size = window.size
+    inside = rows.take(window.row, window.row + size)[..., window.col : window.col + size]
+    padded = np.full((*inside.shape[:-2], size, size), fill, dtype=inside.dtype)
+    padded[..., : inside.shape[-2], : inside.shape[-1]] = inside
+    return padded
+
+
+def _staged_tiles(reader: _SceneReader, target: IO[bytes]) -> Iterator[StagedTile]:
+    def put(data: bytes) -> Blob:
+        offset = target.tell()
+        target.write(data)
+        return Blob(offset=offset, size=len(data), crc32=zlib.crc32(data))
+
+    classes = len(reader.task.recipe.classes)
+    for tile in reader.tiles():
+        counts = np.zeros(256, dtype=np.int64) if tile.codes is None else np.bincount(tile.codes.ravel(), minlength=256)
+        pixels = counts[:classes].tolist()
+        share = _share(tile.valid)
+        transform = _moved(reader.image.transform, tile.window)
+        image = put(encode_image(tile.image, tile.valid, reader.crs_wkt, transform))
+        label = None
+        if tile.codes is not None:
+            ids = np.where(tile.codes >= FIRST_REASON, np.uint8(IGNORE), tile.codes)
+            label = put(encode_label(ids, reader.crs_wkt, transform))
+        present = [k for k, count in enumerate(pixels) if count]
+        yield StagedTile(
+            key=tile_key(reader.task.scene.id, tile.window),
+            valid_share=share,
+            classes=sum(1 << k for k in present),
+            pixels=pixels,
+            ignored={reason: int(counts[code]) for reason, code in REASONS.items()},
+            image=image,
+            label=label,
+            meta=put(_meta(reader, tile.window, transform, share, present)),
+        )
+
+
+def _moved(transform: Affine, window: Window) -> Affine:
+    x, y = place_of(transform, window.col, window.row)
+    return Affine(transform.a, transform.b, x, transform.d, transform.e, y)
+
+
+def tile_key(scene: str, window: Window) -> str:
+    """The name of a tile: unique in its dataset, without dots and slashes, sorting by scene, row and column."""
+    return f"{scene}_r{window.row:05d}_c{window.col:05d}"
+
+
+def _share(valid: npt.NDArray[np.bool_]) -> float:
+    """Share of valid pixels, rounded to the float32 of the index but below 1 unless all are valid."""
+    share = np.float32(valid.mean(dtype=np.float64))
+    return float(share if valid.all() else min(share, np.nextafter(np.float32(1), np.float32(0))))
+
+
+def _meta(reader: _SceneReader, window: Window, transform: Affine, share: float, present: list[int]) -> bytes:
+    record = {
+        "crs": reader.crs_wkt,
+        "transform": list(transform)[:6],
+        "window": {"row": window.row, "col": window.col, "height": window.size, "width": window.size},
+        "scene": reader.task.scene.id,
+        "bands": reader.task.recipe.bands.names,
+        "valid_share": share,
+        "classes": present,
+    }
+    return json.dumps(record, sort_keys=True).encode()

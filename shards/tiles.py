@@ -1,0 +1,57 @@
+"""Read one tile of a dataset."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shards.codec import decode_image, decode_label
+from shards.errors import InputError
+from shards.index import Index, tile_name
+from shards.manifest import Dataset
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A decoded tile."""
+
+    image: npt.NDArray[Any]  # [C,S,S] in the dataset's dtype
+    valid: npt.NDArray[np.bool_]  # [S,S]
+    label: npt.NDArray[np.uint8] | None  # [S,S], class ids and 255
+    meta: dict[str, Any]
+
+
+def read_tile(dataset: Dataset, index: Index, row: int) -> Tile:
+    """Read, check and decode the tile of an index row.
+
+    Raises:
+        InputError: when its bytes are not those that were packed; names shard, offset and key.
+    """
+    path = dataset.root / dataset.manifest.shards[int(index.shard[row])].name
+    try:
+        with path.open("rb") as file:
+            image, valid = decode_image(_member(dataset, index, row, "image", file))
+            labelled = int(index.label_size[row]) > 0
+            label = decode_label(_member(dataset, index, row, "label", file)) if labelled else None
+            file.seek(int(index.meta_offset[row]))
+            meta = json.loads(file.read(int(index.meta_size[row])))
+    except FileNotFoundError:
+        raise InputError(f"{path}: is missing; pack the dataset again") from None
+    return Tile(image, np.ones(image.shape[1:], dtype=bool) if valid is None else valid, label, meta)
+
+
+def _member(dataset: Dataset, index: Index, row: int, what: str, file: IO[bytes]) -> bytes:
+    offset = int(getattr(index, f"{what}_offset")[row])
+    file.seek(offset)
+    data = file.read(int(getattr(index, f"{what}_size")[row]))
+    if zlib.crc32(data) != int(getattr(index, f"{what}_crc32")[row]):
+        raise InputError(
+            f"{file.name}: {what} of tile {tile_name(dataset, index, row)} at byte {offset} is damaged "
+            "(crc32 differs); run `dctc verify` and pack the dataset again"
+        )
+    return data

@@ -1,0 +1,80 @@
+"""Find out whether a dataset is still what its manifest says."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from shards.errors import InputError
+from shards.files import file_sha256
+from shards.index import COLUMNS, Index, tile_name
+from shards.manifest import Dataset
+from shards.report import PLAN
+
+_NAMED = 5  # damaged tiles that are named for each shard
+
+
+def verify(root: str | Path, progress: Callable[[int, int], None] | None = None) -> list[str]:
+    """Damages of a dataset, one sentence each; an empty list means that it is sound.
+
+    Every shard, index column and plan.json is read and hashed; in a damaged shard the damaged tiles are named.
+    ``progress`` is told how many shards of how many are checked.
+
+    Raises:
+        InputError: when there is no readable manifest.
+    """
+    dataset = Dataset.open(root)
+    damages = _check_file(dataset.root / PLAN, dataset.manifest.plan_sha256)
+    for name in COLUMNS:
+        damages += _check_file(dataset.root / "index" / f"{name}.npy", dataset.manifest.index.get(name, ""))
+    try:
+        index = Index.open(dataset)
+    except InputError as error:
+        index = None
+        damages += [] if damages else [str(error)]
+    for number, shard in enumerate(dataset.manifest.shards):
+        found = _check_file(dataset.root / shard.name, shard.sha256, shard.bytes)
+        if found and index is not None and (dataset.root / shard.name).is_file():
+            found = [f"{text}{_damaged_tiles(dataset, index, number)}" for text in found]
+        damages += found
+        if progress is not None:
+            progress(number + 1, len(dataset.manifest.shards))
+    return damages
+
+
+def _check_file(path: Path, sha256: str, size: int | None = None) -> list[str]:
+    try:
+        found = path.stat().st_size
+        if size is not None and found != size:
+            return [f"{path}: {found} bytes instead of {size}"]
+        return [] if file_sha256(path) == sha256 else [f"{path}: its sha256 is not that of the manifest"]
+    except FileNotFoundError:
+        return [f"{path}: is missing"]
+    except OSError as error:
+        return [f"{path}: cannot be read ({error.strerror})"]
+
+
+def _damaged_tiles(dataset: Dataset, index: Index, shard: int) -> str:
+    path = dataset.root / dataset.manifest.shards[shard].name
+    bad = []
+    with path.open("rb") as file:
+        for row in np.flatnonzero(index.shard == shard).tolist():
+            for what in ("image", "label"):
+                size = int(getattr(index, f"{what}_size")[row])
+                file.seek(int(getattr(index, f"{what}_offset")[row]))
+                if size and zlib.crc32(file.read(size)) != int(getattr(index, f"{what}_crc32")[row]):
+                    bad.append(f"{_name(dataset, index, row)} ({what})")
+    if not bad:
+        return "; no image or label is touched"
+    more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+    return f"; damaged tiles: {', '.join(bad[:_NAMED])}{more}"
+
+
+def _name(dataset: Dataset, index: Index, row: int) -> str:
+    try:
+        return tile_name(dataset, index, row)
+    except InputError:
+        return f"row {row}"

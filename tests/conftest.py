@@ -1,0 +1,67 @@
+"""What every test stands on: small thread pools, and an order in which the quick tests speak first."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# Before torch or GDAL is imported, and inherited by every process that a test starts: the tests use tensors so small
+# that more threads only get in each other's way.
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+_ORDER = ("unit", "golden", "data", "launch", "distributed", "system")
+
+
+def _turn(item: pytest.Item) -> tuple[int, int]:
+    folder = item.path.relative_to(ROOT / "tests").parts[0]
+    place = _ORDER.index(folder) if folder in _ORDER else len(_ORDER)
+    return int(item.get_closest_marker("slow") is not None), place
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run slow tests last, and within both halves the folders from the quickest kind to the slowest."""
+    items.sort(key=_turn)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests of a GPU where there is none."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def scripts() -> Path:
+    """The folder of the environment's commands (`dctc`, `accelerate`), whether or not it is activated."""
+    return Path(sys.executable).parent
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Synthetic towns packed by the real commands: 32 px tiles, 6 classes."""
+    from tests.tiny import make_dataset
+
+    return make_dataset(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Path:
+    """``model.safetensors`` of a dctc run of a few rounds on the tiny dataset."""
+    from tests.tiny import run, write_config
+
+    config = write_config(tmp_path_factory.mktemp("model") / "tiny.yaml", tiny_dataset)
+    run("dctc", "train", config)
+    return config.parent / "runs" / "synthetic-scene" / "tiny" / "model.safetensors"

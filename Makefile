@@ -77,16 +77,13 @@ MAPS := maps/demo
 TRAIN = $(BIN)/accelerate launch --config_file launch/single.yaml dctc/train.py
 TRAIN_KEYS = data.dataset=$(DATASET) data.labelled_share=$(DEMO_SHARE) schedule.rounds=$(DEMO_ROUNDS) run.experiment=demo $(DEMO_KEYS)
 
-define DEMO_TABLE
-import json, sys
-def test(run):
-    return json.load(open(f"{sys.argv[1]}/{run}/report.json"))["test"]["nets"]
-rows = {"supervised baseline": test("unet")["s1"], "student S1": test("dctc")["s1"], "teacher": test("dctc")["teacher"]}
-print("test scenes, labelled share $(DEMO_SHARE)       mIoU in %")
-for name, net in rows.items():
-    print(f"  {name:<40}{100 * net['scores']['miou']:5.1f}")
+# The picture of the first scene of the test split, as the dataset's plan has it.
+define TEST_SCENE
+import json
+scenes = json.load(open("$(DATASET)/plan.json"))["scenes"]
+print(next(file["path"] for scene in scenes if scene["tiles"]["test"] for file in scene["inputs"] if "_RGB." in file["path"]))
 endef
-export DEMO_TABLE
+export TEST_SCENE
 
 demo: $(VENV)/installed ## synthetic scenes -> shards -> training -> scores -> a map
 	@echo "1/6 synthetic towns: $(DEMO_SCENES) scenes of $(DEMO_SIZE) x $(DEMO_SIZE) px with labels -> $(SCENES)"
@@ -99,10 +96,10 @@ demo: $(VENV)/installed ## synthetic scenes -> shards -> training -> scores -> a
 	@test -e $(RUNS)/dctc/report.json || $(TRAIN) configs/synthetic/dctc.yaml $(TRAIN_KEYS) run.name=dctc
 	@echo "5/6 score dctc's model file on the test scenes"
 	@$(BIN)/dctc evaluate $(RUNS)/dctc/model.safetensors $(DATASET)
-	@echo "6/6 map one scene -> $(MAPS)"
-	@$(BIN)/dctc predict $(RUNS)/dctc/model.safetensors "$$(ls $(SCENES)/*_RGB.tif | tail -n 1)" --out $(MAPS)
+	@echo "6/6 map a test scene -> $(MAPS)"
+	@$(BIN)/dctc predict $(RUNS)/dctc/model.safetensors "$(SCENES)/$$($(BIN)/python -c "$$TEST_SCENE")" --out $(MAPS)
 	@echo
-	@$(BIN)/python -c "$$DEMO_TABLE" $(RUNS)
+	@$(BIN)/dctc compare demo
 	@echo
 	@echo "map:       $$(ls $(MAPS)/*.tif | tail -n 1)"
 	@echo "pictures:  $(RUNS)/dctc/pictures, $(RUNS)/unet/pictures"

@@ -71,7 +71,16 @@ class Description:
                 raise InputError(f"{path}: model schema {version}, this dctc reads {SCHEMA_VERSION}; update dctc")
             record["network"] = NetworkSpec(**record["network"])
             record["classes"] = [ClassInfo(**c) for c in record["classes"]]
-            return cls(**record)
+            description = cls(**record)
+            bands, classes = description.network.bands, description.network.classes
+            lengths = [len(values) for values in (description.bands, description.mean, description.std)]
+            if (
+                lengths != [bands] * 3
+                or len(description.classes) != classes
+                or not isinstance(description.options, dict)
+            ):
+                raise ValueError(f"a network of {bands} bands and {classes} classes does not fit the rest")
+            return description
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path}: its description is damaged ({error!r}); write the model again") from None
 
@@ -152,6 +161,8 @@ class Bundle:
         description = Description.from_json(text, path)
         try:
             method = build_method(description.method, description.network, description.options)
+            if strangers := {key.partition(".")[0] for key in tensors} - method.parts.keys():
+                raise RuntimeError(f"no part of {description.method} is called {', '.join(sorted(strangers))}")
             for name, module in method.parts.items():
                 module.load_state_dict(
                     {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}

@@ -80,6 +80,8 @@ def shard(
             plan, root, folder, workers=workers or os.cpu_count() or 1, resume=resume, verify=verify, progress=advance
         )
     _show_dataset(dataset)
+    for line in dataset.report.lines():
+        out.print(line, markup=False)
 
 
 @app.command()
@@ -142,7 +144,15 @@ def train(
     if not launch.is_file():
         raise InputError(f"{launch}: no such launch file; see launch/README.md")
     script = str(Path(__file__).with_name("train.py"))
-    start = ["-m", "accelerate.commands.launch", "--config_file", str(launch), script, *settings]
+    start = [
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(launch),
+        *_process_count(launch),
+        script,
+        *settings,
+    ]
     os.execv(sys.executable, [sys.executable, *start])  # signals then reach the launcher itself
 
 
@@ -280,6 +290,24 @@ def _bar(text: str) -> Iterator[Callable[..., None]]:
             progress.update(task, description=" ".join([text, *map(str, step)]), completed=done, total=total)
 
         yield advance
+
+
+def _process_count(launch: Path) -> list[str]:
+    """``--num_processes`` for a launch file that leaves the number to the machine: one process a GPU."""
+    import torch
+    import yaml
+
+    try:
+        named = yaml.safe_load(launch.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{launch}: not valid YAML: {error}") from None
+    if isinstance(named, dict) and "num_processes" in named:
+        return []
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"{launch}: leaves the number of processes to the GPUs, and there is none; see launch/README.md"
+        )
+    return ["--num_processes", str(torch.cuda.device_count())]
 
 
 def _band_numbers(text: str | None) -> list[int] | None:

@@ -11,12 +11,12 @@ if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent
 
 import warnings
 
-from dctc.config import Config, load_config
-from dctc.engine.build import Run, build_trainer, finish, locate
+from dctc.config import load_config
+from dctc.engine.build import build_trainer, finish, is_finished, locate
 from dctc.engine.parallel import Parallel
 from dctc.engine.preempt import EXIT_PREEMPTED, StopRequest
-from dctc.engine.trainer import Tracker
-from dctc.tracking.run import RunSettings, describe_dataset, git_commit, open_tracker, resolve_uri
+from dctc.tracking.run import send_pending
+from dctc.tracking.start import start_tracking
 from shards.errors import InputError
 from shards.manifest import Dataset
 
@@ -31,7 +31,18 @@ def main(arguments: list[str]) -> int:
     stop = StopRequest()
     parallel = Parallel(config.parallel.strategy)
     run = locate(config, dataset, parallel)
-    tracker = start_tracking(config, dataset, run, parallel)
+    if is_finished(config, run):
+        if parallel.is_main:
+            print(f"{run.folder}: finished, nothing to do; another run.name or run.seed makes a new run")
+            if config.tracking.enabled:
+                send_pending(run.folder)
+        return 0
+    tracker = start_tracking(
+        config, dataset, run.folder, (run.experiment, run.name), parallel.strategy,
+        run_id=run.progress.tracking_id,
+        resumed_step=None if run.source is None else run.progress.rounds,
+        main_process=parallel.is_main,
+    )  # fmt: skip
     status = "FAILED"
     try:
         trainer = build_trainer(config, dataset, parallel, run, tracker, stop)
@@ -43,30 +54,6 @@ def main(arguments: list[str]) -> int:
         tracker.finish(status)
         parallel.close()
     return 0 if finished else EXIT_PREEMPTED
-
-
-def start_tracking(config: Config, dataset: Dataset, run: Run, parallel: Parallel) -> Tracker:
-    """Open the tracker of this rank; the main one makes the MLflow run, or takes it up again."""
-    tags = {
-        "method": config.method.name,
-        "labelled_share": str(config.data.labelled_share),
-        "seed": str(config.run.seed),
-        "dataset_digest": dataset.digest,
-        "git_commit": git_commit(),
-        "strategy": parallel.strategy,
-    }
-    settings = RunSettings(
-        folder=run.folder,
-        experiment=run.experiment,
-        name=run.name,
-        uri=resolve_uri(config.tracking.uri, config.run.output),
-        tags=tags,
-        params=config.flat(),
-        dataset=describe_dataset(dataset),
-        run_id=run.progress.tracking_id,
-        resumed_step=None if run.source is None else run.progress.rounds,
-    )
-    return open_tracker(settings, main_process=parallel.is_main, enabled=config.tracking.enabled)
 
 
 def command(arguments: list[str]) -> int:

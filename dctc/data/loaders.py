@@ -5,6 +5,7 @@ The loaders are never handed to ``accelerator.prepare``: it would shard again wh
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -32,7 +33,14 @@ def _loader(tiles: TileDataset, batches: object, workers: int, pin: bool) -> Loa
         collate_fn=_whole,  # type: ignore[arg-type]  # __getitems__ has already made the batch
         pin_memory=pin,
         multiprocessing_context="forkserver" if workers else None,  # fork would copy the tracker's threads and locks
+        worker_init_fn=_leave_signals_to_the_trainer if workers else None,
     )
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """Ctrl-C and a scheduler's signals reach the whole group; a worker that dies of one would spoil the checkpoint."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _whole(batch: RawBatch) -> RawBatch:
@@ -94,11 +102,10 @@ class TrainingStream:
 
     def _to_device(self, raw: RawBatch, normaliser: Normaliser, device: torch.device) -> DeviceBatch:
         images, valid, labels = (raw[k].to(device, non_blocking=True) for k in ("images", "valid", "labels"))
-        tensors = [images, valid, labels] if self.labels else [images, valid]
+        tensors = [normaliser(images, valid), valid, *([labels.long()] if self.labels else [])]
         if self.augment == "flips":
             tensors = flips_and_turns(tensors, raw["positions"], self.seed, self.number)
-        images, valid = tensors[:2]
-        return normaliser(images, valid), valid, tensors[2].long() if self.labels else None
+        return tensors[0], tensors[1], tensors[2] if self.labels else None
 
 
 def evaluation_rows(rows: Indices, batch: int, layout: Layout) -> list[Indices]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from dctc.bundle import Description
 from dctc.config import Config, nearest
 from dctc.data.loaders import TrainingStream
 from dctc.data.order import LABELLED, UNLABELLED, Indices, Layout
-from dctc.engine.checkpoint import Checkpoints, Progress, complete, read_progress
+from dctc.engine.checkpoint import Checkpoints, Progress, latest, read_progress
 from dctc.engine.parallel import Parallel
 from dctc.engine.precision import Precision
 from dctc.engine.preempt import StopRequest
@@ -72,14 +73,23 @@ def locate(config: Config, dataset: Dataset, parallel: Parallel) -> Run:
 
 
 def _resume_source(resume: str, folder: Path) -> Path | None:
-    found = complete(folder / "checkpoints")
-    if resume == "never":
-        if found:
-            raise InputError(f"{folder}: has checkpoints of an earlier run; choose another run.name or run.resume=auto")
-        return None
+    found = latest(folder / "checkpoints")
     if resume == "auto":
-        return found[-1] if found else None
-    return Path(resume)
+        return found
+    if resume != "never":
+        return Path(resume)
+    if found is not None:
+        raise InputError(f"{folder}: has checkpoints of an earlier run; choose another run.name or run.resume=auto")
+    return None
+
+
+def is_finished(config: Config, run: Run) -> bool:
+    """Whether the run has trained to its end, with its test and report written: then there is nothing left to do."""
+    path = run.folder / "report.json"
+    if run.source is None or not path.exists():
+        return False
+    report = json.loads(path.read_text())
+    return report["rounds"] == run.progress.rounds and (report["test"] is not None or not config.evaluation.test)
 
 
 def build_trainer(
@@ -121,6 +131,7 @@ def build_trainer(
         folder=run.folder,
         rows=_watched_rows(index, labelled_rows, unlabelled_rows, config.evaluation.pictures),
         batch=config.evaluation.batch,
+        workers=config.data.workers,
         describe=partial(describe, config, dataset),
         warn=partial(_warn, parallel.is_main),
         warn_from=schedule.rounds // 5,

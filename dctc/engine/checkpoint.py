@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent: written beside, synced, renamed.
 
 ``checkpoints/step-00000120/`` holds the tensors (torch.distributed.checkpoint, readable by any number of ranks) and
-``progress.json``; ``latest`` names the newest. A folder of that name without ``.tmp`` is complete, because it got the
-name after everything in it reached the disk; the one before goes only then.
+``progress.json``; ``latest`` names the one to go on from. A folder of that name without ``.tmp`` is complete, because
+it got the name after everything in it reached the disk; the one before goes only then.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -87,46 +89,67 @@ class Checkpoints:
     def save(self, parts: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], progress: Progress) -> Path:
         """Write one checkpoint; all ranks call it. Returns its folder."""
         final = self.folder / f"step-{progress.rounds:08d}"
-        if final.exists():  # the state of a round never differs
+        if final.exists():  # the same run, the same round: the same state
+            self._publish(final)
             return final
         draft = final.with_suffix(".tmp")
         if self.parallel.is_main:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
         self.parallel.wait()
-        state = {**_tensors(parts, optimizers), "rng": _random_state()}
+        stepped = {name for name in parts if optimizers[name].state}
+        state = {**_tensors(parts, optimizers, stepped), "rng": _random_state()}
         save(state, checkpoint_id=draft, no_dist=self.parallel.world == 1)
         if self.parallel.is_main:
             _write_synced(draft / PROGRESS, json.dumps(asdict(progress), indent=1))
             _sync_folder(draft)
             draft.rename(final)
             _sync_folder(self.folder)
+        self._publish(final)
+        return final
+
+    def _publish(self, final: Path) -> None:
+        """Name the checkpoint in ``latest`` and let the oldest go, by the time of writing and never this one."""
+        if self.parallel.is_main:
             _write_synced(self.folder / f".{LATEST}", final.name)
             (self.folder / f".{LATEST}").replace(self.folder / LATEST)
-            for old in complete(self.folder)[: -self.keep]:
+            others = sorted(set(complete(self.folder)) - {final}, key=lambda path: path.stat().st_mtime_ns)
+            for old in others[: max(0, len(others) - self.keep + 1)]:
                 shutil.rmtree(old)
         self.parallel.wait()
-        return final
 
     def load(self, source: Path, parts: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> None:
         """Put the tensors of ``source`` into the parts and optimizers, and the generators' states back."""
-        state = {**_tensors(parts, optimizers), "rng": _random_state()}
         try:
+            keys = FileSystemReader(source).read_metadata().state_dict_metadata
+            stepped = {name for name in parts if any(key.startswith(f"{name}.optimizer.") for key in keys)}
+            state = {**_tensors(parts, optimizers, stepped), "rng": _random_state()}
             load(state, checkpoint_id=source, no_dist=self.parallel.world == 1)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is no Exception
             raise InputError(
-                f"{source}: this checkpoint cannot be read ({error}); remove it to use an older one"
+                f"{source}: this checkpoint cannot be read ({_reason(error)}); remove it to use an older one"
             ) from error
         for name, module in parts.items():
             set_model_state_dict(module, state[name]["model"])
-            set_optimizer_state_dict(module, optimizers[name], state[name]["optimizer"])
+            if name in stepped:
+                set_optimizer_state_dict(module, optimizers[name], state[name]["optimizer"])
         torch.set_rng_state(state["rng"]["cpu"])
         if "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"])
 
 
+def latest(folder: Path) -> Path | None:
+    """The checkpoint to go on from: the one that ``latest`` names, else the one of most rounds, else None."""
+    found = complete(folder)
+    try:
+        named = folder / (folder / LATEST).read_text().strip()
+    except OSError:
+        named = folder
+    return named if named in found else found[-1] if found else None
+
+
 def complete(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, in the order of their rounds."""
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
 
 
@@ -138,14 +161,22 @@ def read_progress(source: Path) -> Progress:
         raise InputError(f"{source}: not a complete checkpoint of this version ({error})") from None
 
 
-def _tensors(parts: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
-    return {
-        name: {
-            "model": get_model_state_dict(module),
-            "optimizer": get_optimizer_state_dict(module, optimizers[name]),
-        }
-        for name, module in parts.items()
-    }
+def _tensors(
+    parts: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], stepped: Collection[str]
+) -> dict[str, Any]:
+    """Weights of all parts, moments of those that have stepped: asking torch for the others' would step them."""
+    state: dict[str, Any] = {name: {"model": get_model_state_dict(module)} for name, module in parts.items()}
+    for name in stepped:
+        state[name]["optimizer"] = get_optimizer_state_dict(parts[name], optimizers[name])
+    return state
+
+
+def _reason(error: BaseException) -> str:
+    """One line; a failure of several ranks is told by the first one's."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _random_state() -> dict[str, torch.Tensor]:

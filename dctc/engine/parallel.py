@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shards.errors import InputError
+
+PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class Parallel:
@@ -30,7 +32,13 @@ class Parallel:
     """
 
     def __init__(self, strategy: str = "auto") -> None:
-        accelerator = Accelerator()
+        # Autocast is ours: what a launch file or a user's default says of precision must not reach in here.
+        accelerator = Accelerator(mixed_precision="no")
+        if accelerator.distributed_type not in PLAIN:
+            raise InputError(
+                f"the launch file asks for {accelerator.distributed_type.value}, which parallel.strategy does not "
+                "offer: use a file of launch/"
+            )
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
         self.device: torch.device = accelerator.device

@@ -53,6 +53,7 @@ class Watch:
     folder: Path
     rows: dict[str, Indices]
     batch: int
+    workers: int
     describe: Callable[[Progress], Description]
     warn: Callable[[str], None]
     warn_from: int
@@ -142,7 +143,7 @@ class Watch:
             )
 
     def _batches(self, rows: Indices) -> Iterator[tuple[DeviceBatch, RawBatch]]:
-        return evaluation_batches(self.dataset, rows, self.batch, self.layout, self._normaliser())
+        return evaluation_batches(self.dataset, rows, self.batch, self.layout, self._normaliser(), self.workers)
 
     def _normaliser(self) -> Normaliser:
         return Normaliser.of(self.dataset.manifest, self.parallel.device)

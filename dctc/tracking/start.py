@@ -1,0 +1,49 @@
+"""From a run's configuration to its tracker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dctc.config import Config
+from dctc.tracking.run import RunSettings, Tracker, describe_dataset, git_commit, open_tracker, resolve_uri
+from shards.manifest import Dataset
+
+
+def start_tracking(
+    config: Config,
+    dataset: Dataset,
+    folder: Path,
+    names: tuple[str, str],
+    strategy: str,
+    *,
+    run_id: str | None,
+    resumed_step: int | None,
+    main_process: bool,
+) -> Tracker:
+    """The tracker of this rank; the main one makes the MLflow run, or takes it up again.
+
+    Args:
+        folder: of the run, for ``metrics.jsonl``.
+        names: experiment and run.
+        strategy: how the processes came up.
+        run_id, resumed_step: of the checkpoint that the run goes on from, None for a fresh start.
+    """
+    settings = RunSettings(
+        folder=folder,
+        experiment=names[0],
+        name=names[1],
+        uri=resolve_uri(config.tracking.uri, config.run.output),
+        tags={
+            "method": config.method.name,
+            "labelled_share": str(config.data.labelled_share),
+            "seed": str(config.run.seed),
+            "dataset_digest": dataset.digest,
+            "git_commit": git_commit(),
+            "strategy": strategy,
+        },
+        params=config.flat(),
+        dataset=describe_dataset(dataset),
+        run_id=run_id,
+        resumed_step=resumed_step,
+    )
+    return open_tracker(settings, main_process=main_process, enabled=config.tracking.enabled)

@@ -362,8 +362,7 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        # From a loader's worker the message comes wrapped in that worker's traceback.
-        print(f"error: {str(error).rsplit('InputError: ', 1)[-1].strip()}", file=sys.stderr)
+        print(f"error: {error.message}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -12,7 +12,7 @@ if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent
 import warnings
 
 from dctc.config import load_config
-from dctc.engine.build import build_trainer, finish, is_finished, locate
+from dctc.engine.build import finish, is_finished, locate, make_folder, prepare
 from dctc.engine.parallel import Parallel
 from dctc.engine.preempt import EXIT_PREEMPTED, StopRequest
 from dctc.tracking.run import send_pending
@@ -37,6 +37,9 @@ def main(arguments: list[str]) -> int:
             if config.tracking.enabled:
                 send_pending(run.folder)
         return 0
+    make_trainer = prepare(config, dataset, parallel, run, stop)
+    if parallel.is_main:
+        make_folder(config, run)
     tracker = start_tracking(
         config, dataset, run.folder, (run.experiment, run.name), parallel.strategy,
         run_id=run.progress.tracking_id,
@@ -45,7 +48,7 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     status = "FAILED"
     try:
-        trainer = build_trainer(config, dataset, parallel, run, tracker, stop)
+        trainer = make_trainer(tracker)
         finished = trainer.run()
         if finished:
             finish(trainer, config)
@@ -63,7 +66,7 @@ def command(arguments: list[str]) -> int:
     try:
         return main(arguments)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error.message}", file=sys.stderr)
         return 2
 
 

@@ -7,3 +7,8 @@ class InputError(Exception):
     The message names the file, key or value and says what to do; the command line prints it without a
     traceback and exits with code 2.
     """
+
+    @property
+    def message(self) -> str:
+        """The message alone: out of a loader's worker it comes wrapped in that worker's traceback."""
+        return str(self).rsplit("InputError: ", 1)[-1].strip()

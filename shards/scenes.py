@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -48,11 +48,9 @@ def open_raster(path: Path) -> Iterator[DatasetReader]:
     Raises:
         InputError: when it cannot be opened; names the file.
     """
-    with ExitStack() as stack:
-        # A JPEG cut short is otherwise filled with grey and only warned about.
-        stack.enter_context(rasterio.Env(GDAL_ERROR_ON_LIBJPEG_WARNING=True))
-        with naming(path):
-            source = stack.enter_context(rasterio.open(path))
+    with naming(path):
+        source = rasterio.open(path)
+    with source:
         yield source
 
 

@@ -92,17 +92,27 @@ class TrainingStream:
     workers: int
     labels: bool
 
+    def __post_init__(self) -> None:
+        self._sampler(range(0))  # a batch that does not divide, or too few tiles, is refused now
+
+    def _sampler(self, rounds: range) -> RankBatchSampler:
+        return RankBatchSampler(self.rows, self.batch, rounds, self.seed, self.number, self.layout)
+
     def batches(self, rounds: range, device: torch.device) -> Iterator[list[DeviceBatch]]:
         """The micro-batches of each round of ``rounds``, on ``device``."""
-        sampler = RankBatchSampler(self.rows, self.batch, rounds, self.seed, self.number, self.layout)
-        loader = iter(_loader(TileDataset(self.dataset, self.labels), sampler, self.workers, device.type == "cuda"))
+        tiles = TileDataset(self.dataset, self.labels)
+        loader = iter(_loader(tiles, self._sampler(rounds), self.workers, device.type == "cuda"))
         normaliser = Normaliser.of(self.dataset.manifest, device)
         for _ in rounds:
             yield [self._to_device(raw, normaliser, device) for raw in islice(loader, self.layout.accumulation)]
 
     def _to_device(self, raw: RawBatch, normaliser: Normaliser, device: torch.device) -> DeviceBatch:
         images, valid, labels = (raw[k].to(device, non_blocking=True) for k in ("images", "valid", "labels"))
-        tensors = [normaliser(images, valid), valid, *([labels.long()] if self.labels else [])]
+        tensors = [
+            normaliser(images, valid),
+            valid,
+            *([torch.where(valid, labels.long(), IGNORE)] if self.labels else []),
+        ]
         if self.augment == "flips":
             tensors = flips_and_turns(tensors, raw["positions"], self.seed, self.number)
         return tensors[0], tensors[1], tensors[2] if self.labels else None

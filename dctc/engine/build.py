@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ class Run:
 
 
 def locate(config: Config, dataset: Dataset, parallel: Parallel) -> Run:
-    """Find the run's folder and its latest checkpoint, and write ``config.yaml`` into it.
+    """Find the run's folder and its latest checkpoint; nothing is written.
 
     Resume precedence: 1. ``run.resume`` is a path: that checkpoint. 2. ``auto``: the latest complete one of the folder.
     3. none there: a fresh start. ``never`` refuses a folder that has checkpoints, so that two runs cannot mix.
@@ -63,12 +64,6 @@ def locate(config: Config, dataset: Dataset, parallel: Parallel) -> Run:
     if source is not None:
         progress = read_progress(source)
         progress.must_match(dataset.digest, config.result_settings(), source)
-    if parallel.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False))
-        except OSError as error:
-            raise InputError(f"{folder}: cannot write the run's folder ({error.strerror}); set run.output") from None
     return Run(experiment, name, folder, progress, source)
 
 
@@ -83,6 +78,17 @@ def _resume_source(resume: str, folder: Path) -> Path | None:
     return None
 
 
+def make_folder(config: Config, run: Run) -> None:
+    """Make the run's folder with ``config.yaml`` in it; raises :class:`InputError` where that is not allowed."""
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        draft = run.folder / ".config.yaml"
+        draft.write_text(yaml.safe_dump(config.plain(), sort_keys=False))
+        draft.replace(run.folder / "config.yaml")
+    except OSError as error:
+        raise InputError(f"{run.folder}: cannot write the run's folder ({error.strerror}); set run.output") from None
+
+
 def is_finished(config: Config, run: Run) -> bool:
     """Whether the run has trained to its end, with its test and report written: then there is nothing left to do."""
     path = run.folder / "report.json"
@@ -92,10 +98,14 @@ def is_finished(config: Config, run: Run) -> bool:
     return report["rounds"] == run.progress.rounds and (report["test"] is not None or not config.evaluation.test)
 
 
-def build_trainer(
-    config: Config, dataset: Dataset, parallel: Parallel, run: Run, tracker: Tracker, stop: StopRequest
-) -> Trainer:
-    """Put everything together; raises :class:`InputError` for settings that cannot work, before the first round."""
+def prepare(
+    config: Config, dataset: Dataset, parallel: Parallel, run: Run, stop: StopRequest
+) -> Callable[[Tracker], Trainer]:
+    """Put everything together but the tracker, which no wrong setting shall have started.
+
+    Raises:
+        InputError: for settings that cannot work, before anything is written.
+    """
     index = Index.open(dataset)
     layout = Layout(parallel.world, parallel.rank, config.parallel.accumulation)
     labelled_rows = index.labelled_rows(config.data.labelled_share)
@@ -136,7 +146,8 @@ def build_trainer(
         warn=partial(_warn, parallel.is_main),
         warn_from=schedule.rounds // 5,
     )
-    return Trainer(
+    return partial(
+        Trainer,
         method=method,
         updater=updater,
         precision=precision,
@@ -149,7 +160,6 @@ def build_trainer(
         every=_intervals(config, schedule),
         checkpoints=checkpoints,
         progress=run.progress,
-        tracker=tracker,
         stop=stop,
         watch=watch,
     )
@@ -176,7 +186,7 @@ def _method(config: Config, dataset: Dataset, parallel: Parallel) -> Method:
     try:
         return build_method(config.method.name, _network_spec(config, dataset, parallel), config.method.options)
     except OptionError as error:
-        hint = f"; {nearest(error.key, error.known)}" if error.known else ""
+        hint = f"; {nearest(error.wrong, error.known)}" if error.known else ""
         raise InputError(f"key method.{error.key}: {error}{hint}") from None
     except UnknownNetwork as error:
         raise InputError(f"key network.name: {error}") from None

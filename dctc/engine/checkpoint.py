@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ class Checkpoints:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
         self.parallel.wait()
-        stepped = {name for name in parts if optimizers[name].state}
+        stepped = [name for name in parts if optimizers[name].state]
         state = {**_tensors(parts, optimizers, stepped), "rng": _random_state()}
         save(state, checkpoint_id=draft, no_dist=self.parallel.world == 1)
         if self.parallel.is_main:
@@ -122,7 +122,7 @@ class Checkpoints:
         """Put the tensors of ``source`` into the parts and optimizers, and the generators' states back."""
         try:
             keys = FileSystemReader(source).read_metadata().state_dict_metadata
-            stepped = {name for name in parts if any(key.startswith(f"{name}.optimizer.") for key in keys)}
+            stepped = [name for name in parts if any(key.startswith(f"{name}.optimizer.") for key in keys)]
             state = {**_tensors(parts, optimizers, stepped), "rng": _random_state()}
             load(state, checkpoint_id=source, no_dist=self.parallel.world == 1)
         except (Exception, CheckpointException) as error:  # the latter is no Exception
@@ -162,7 +162,7 @@ def read_progress(source: Path) -> Progress:
 
 
 def _tensors(
-    parts: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], stepped: Collection[str]
+    parts: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], stepped: Sequence[str]
 ) -> dict[str, Any]:
     """Weights of all parts, moments of those that have stepped: asking torch for the others' would step them."""
     state: dict[str, Any] = {name: {"model": get_model_state_dict(module)} for name, module in parts.items()}

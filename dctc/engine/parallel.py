@@ -106,6 +106,8 @@ class Parallel:
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so. All ranks must ask."""
+        if self.world == 1:
+            return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def from_main(self, value: Any) -> Any:

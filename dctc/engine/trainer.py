@@ -59,8 +59,9 @@ def due(interval: int, done: int, total: int) -> bool:
 
 @dataclass
 class Trainer:
-    """One run of a method. Build it with :func:`dctc.engine.build.build_trainer`."""
+    """One run of a method. Build it with :func:`dctc.engine.build.prepare`."""
 
+    tracker: Tracker
     method: Method
     updater: Updater
     precision: Precision
@@ -71,7 +72,6 @@ class Trainer:
     every: Every
     checkpoints: Checkpoints
     progress: Progress
-    tracker: Tracker
     stop: StopRequest
     watch: Watch
 

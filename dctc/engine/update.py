@@ -78,15 +78,14 @@ class Updater:
         modules = [self.parts[name] for name in update.parts]
         optimizers = [self.optimizers[name] for name in update.parts]
         totals = self.parallel.sum(torch.stack(list(update.counts)).sum(dim=0)).clamp(min=1)
-        weights = torch.tensor(update.weights or [1.0] * len(update.terms), device=totals.device)
-        scale = weights * self.parallel.world / totals
+        scale = self.parallel.world / totals
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         seen = self._accumulate(update, modules, scale)
         for module, optimizer in zip(modules, optimizers, strict=True):
             if self.spec.clip is not None:
                 nn.utils.clip_grad_norm_(module.parameters(), self.spec.clip)
-            optimizer.step()
+            _step(optimizer, update.rate)
         self.parallel.average_buffers(modules)
         return Losses(update.terms, seen / totals)
 
@@ -102,3 +101,13 @@ class Updater:
                 torch.autograd.backward((sums * scale).sum())
             seen += sums.detach()
         return seen
+
+
+def _step(optimizer: Optimizer, rate: float) -> None:
+    """One step at ``rate`` times the learning rate."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] *= rate
+    optimizer.step()
+    for group, before in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = before

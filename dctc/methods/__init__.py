@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from types import ModuleType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import ModuleType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dctc.methods.base import Batch, Method, Update, inference
 from dctc.networks import NetworkSpec
@@ -20,12 +20,18 @@ __all__ = ["Batch", "Method", "OptionError", "Update", "build_method", "inferenc
 
 
 class OptionError(ValueError):
-    """A method's name or option is wrong; ``key`` is the offender below ``method``, ``known`` the valid names."""
+    """A method's name or option is wrong.
 
-    def __init__(self, key: str, message: str, known: list[str]) -> None:
+    Attributes:
+        key: the offender, below ``method``.
+        wrong: the name that is not known, and ``known`` those that are; empty when it is not about a name.
+    """
+
+    def __init__(self, key: str, message: str, wrong: str = "", known: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.key = key
-        self.known = known
+        self.wrong = wrong
+        self.known = list(known)
 
 
 def method_names() -> list[str]:
@@ -52,32 +58,44 @@ def parse_options(name: str, raw: Mapping[str, Any]) -> Any:
     """
     names = method_names()
     if name not in names:
-        raise OptionError("name", f"unknown method {name!r}", names)
+        raise OptionError("name", f"unknown method {name!r}", name, names)
     kind = _module(name).Options
     hints = get_type_hints(kind)
     known = [field.name for field in fields(kind)]
     values = {}
     for key, value in raw.items():
         if key not in hints:
-            raise OptionError(key, f"method {name} has no option {key!r}", known)
+            raise OptionError(key, f"method {name} has no option {key!r}", key, known)
         values[key] = _checked(key, value, hints[key])
     try:
         return kind(**values)
     except ValueError as error:  # its message begins with the option's name
-        raise OptionError(str(error).split()[0], str(error), []) from None
+        raise OptionError(str(error).split()[0], str(error)) from None
 
 
 def _checked(key: str, value: Any, hint: Any) -> Any:
+    """``value`` as ``hint`` wants it: a plain type, a Literal, a union of such, or a tuple (a list in YAML)."""
     if get_origin(hint) is Literal:
-        choices = [str(choice) for choice in get_args(hint)]
-        if value not in get_args(hint):
-            raise OptionError(key, f"{key} is {value!r}: choose one of {', '.join(choices)}", choices)
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        fits = value in get_args(hint) and type(value) in {type(choice) for choice in get_args(hint)}
+        wanted = "one of " + ", ".join(map(str, get_args(hint)))
+    elif get_origin(hint) in (Union, UnionType):
+        fits = any(_fits(value, choice) for choice in get_args(hint))
+        wanted = str(hint)
+    else:
+        fits = _fits(value, hint)
+        wanted = getattr(hint, "__name__", str(hint))
+    if not fits:
+        raise OptionError(key, f"{key} is {value!r}: expected {wanted}")
+    if hint is float:
         return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise OptionError(key, f"{key} is {value!r}: expected {hint.__name__}", [])
-    return value
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind = get_origin(hint) or hint
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, {float: (float, int), tuple: (list, tuple)}.get(kind, kind))
 
 
 def _module(name: str) -> ModuleType:

@@ -43,23 +43,23 @@ class Batch:
 class Update:
     """One exact optimizer step on some parts.
 
-    The objective is ``sum_t weight_t * (sum of term t over all pixels) / (count of term t over all pixels)``, where
-    "all" spans every micro-batch of every rank. The counts are known before the first forward, so that accumulation
-    and any number of ranks change nothing.
+    The objective is ``sum_t (sum of term t over all pixels) / (count of term t over all pixels)``, where "all" spans
+    every micro-batch of every rank. The counts are known before the first forward, so that accumulation and any number
+    of ranks change nothing.
 
     Attributes:
         terms: names of the loss terms, for the log.
         parts: names of the parts that step; no other part moves.
         counts: one float tensor [terms] a micro-batch: how many pixels its sums run over.
         sums: micro-batch number -> float32 tensor [terms] with the summed loss of each term, with gradient.
-        weights: factor of each term; one for all terms when left out.
+        rate: factor of the learning rate in this step. Not of the loss, which Adam would scale back.
     """
 
     terms: tuple[str, ...]
     parts: tuple[str, ...]
     counts: Sequence[Tensor]
     sums: Callable[[int], Tensor]
-    weights: tuple[float, ...] = ()
+    rate: float = 1.0
 
 
 class Method(ABC):
@@ -95,13 +95,13 @@ class Method(ABC):
 
 @contextmanager
 def inference(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients for ``modules``; afterwards each is in the mode that it had."""
-    modes = [module.training for module in modules]
+    """Evaluation mode without gradients for ``modules``; afterwards each layer is in the mode that it had."""
+    modes = [(layer, layer.training) for module in modules for layer in module.modules()]
     for module in modules:
         module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.train(mode)
+        for layer, mode in modes:
+            layer.training = mode

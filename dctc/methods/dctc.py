@@ -39,7 +39,7 @@ class Options:
         pseudo_label: ``soft`` keeps the probabilities instead of the argmax.
         update: ``fused`` makes one step a phase from one encoder pass: cheaper, but not the paper's "in turn".
         phase2_start, phase3_start: round from which the phase runs.
-        phase2_ramp, phase3_ramp: rounds over which its weight then grows as exp(-5(1-t)^2).
+        phase2_ramp, phase3_ramp: rounds over which its learning rate then grows as exp(-5(1-t)^2).
     """
 
     temperature: float = 0.5
@@ -80,13 +80,13 @@ class DCTC(Method):
         """Phases 1 to 3 of the module's table."""
         options = self.options
         yield self._teacher_update(labelled)
-        if weight := ramp_up(step, options.phase2_start, options.phase2_ramp):
+        if rate := ramp_up(step, options.phase2_start, options.phase2_ramp):
             taught = [self._label_by_teacher(batch) for batch in unlabelled]
-            yield from self._student_updates(unlabelled, {"teacher_to_s1": taught, "teacher_to_s2": taught}, weight)
-        if weight := ramp_up(step, options.phase3_start, options.phase3_ramp):
+            yield from self._student_updates(unlabelled, {"teacher_to_s1": taught, "teacher_to_s2": taught}, rate)
+        if rate := ramp_up(step, options.phase3_start, options.phase3_ramp):
             crossed = [self._label_by_students(batch) for batch in unlabelled]
             by_s1, by_s2 = [y1 for y1, _ in crossed], [y2 for _, y2 in crossed]
-            yield from self._student_updates(unlabelled, {"s2_to_s1": by_s2, "s1_to_s2": by_s1}, weight)
+            yield from self._student_updates(unlabelled, {"s2_to_s1": by_s2, "s1_to_s2": by_s1}, rate)
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:
         """Logits of ``s1``, ``s2``, ``teacher`` and ``mean`` (log of the mean of both students' probabilities)."""
@@ -105,7 +105,7 @@ class DCTC(Method):
         return Update(("teacher",), ("teacher",), [pixel_count(y)[None] for y in labels], sums)
 
     def _student_updates(
-        self, unlabelled: Sequence[Batch], targets: dict[str, list[Tensor]], weight: float
+        self, unlabelled: Sequence[Batch], targets: dict[str, list[Tensor]], rate: float
     ) -> Iterator[Update]:
         """One update a student in turn, or one for both when fused. ``targets``: term -> labels, S1's term first."""
         terms = tuple(targets)
@@ -117,7 +117,7 @@ class DCTC(Method):
         for names, students in groups:
             counts = [torch.stack([pixel_count(targets[t][m]) for t in names]) for m in range(len(unlabelled))]
             sums = partial(self._student_sums, unlabelled, [targets[t] for t in names], students)
-            yield Update(names, ("encoder", *students), counts, sums, (weight,) * len(names))
+            yield Update(names, ("encoder", *students), counts, sums, rate)
 
     def _student_sums(
         self, unlabelled: Sequence[Batch], targets: list[list[Tensor]], students: Sequence[str], micro: int

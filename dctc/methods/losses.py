@@ -54,7 +54,7 @@ def cross_entropy_sum(logits: Tensor, target: Tensor, temperature: float = 1.0, 
             log_q = log_complement(log_p)
             if expected is None:
                 chosen = classes[:, None]
-                pixels = -(log_p.gather(1, chosen) + log_q.sum(1, keepdim=True) - log_q.gather(1, chosen)).squeeze(1)
+                pixels = -log_q.scatter(1, chosen, log_p.gather(1, chosen)).sum(dim=1)
             else:
                 pixels = -(expected * log_p + (1 - expected) * log_q).sum(dim=1)
         else:
@@ -96,7 +96,7 @@ def pseudo_label(logits: Tensor, valid: Tensor, soft: bool = False) -> Tensor:
 
 
 def ramp_up(step: int, start: int, ramp: int) -> float:
-    """Weight of a phase in round ``step``: 0 before ``start``, then exp(-5(1-t)^2) over ``ramp`` rounds, then 1."""
+    """Learning-rate factor of a phase in round ``step``: 0 before ``start``, exp(-5(1-t)^2) along ``ramp``, then 1."""
     if step < start:
         return 0.0
     done = 1.0 if ramp == 0 else min(1.0, (step - start) / ramp)

@@ -220,7 +220,7 @@ def industry(site: Site) -> None:
         at = site.frame.place(box.u0 + 0.5 * (low + high) * du, box.v0 + rng.uniform(0.38, 0.5) * dv)
         size = (high - low) * du, float(rng.uniform(0.45, 0.65)) * dv
         site.building(at, size, rng.uniform(5.0, 10.0), flat=bool(rng.random() < 0.8))
-    for _ in range(int(rng.integers(2, 9))):
+    for _ in range(int(rng.integers(1, 6))):
         row = site.frame.place(box.u0 + rng.uniform(0.08, 0.92) * du, box.v1 - rng.uniform(4.0, 0.22 * dv + 4.0))
         objects.container(canvas, rng, row.moved(0.0, 0.0, float(rng.choice([0.0, np.pi / 2]))))
     if rng.random() < 0.6:
@@ -241,7 +241,7 @@ def park(site: Site) -> None:
     site.frame.fill(replace(box, u0=u, u1=u + 2.4), class_id, path)
     site.frame.fill(replace(box, v0=v, v1=v + 2.4), class_id, path)
     if rng.random() < 0.7:
-        objects.disc(canvas, site.spot(9.0), rng.uniform(4.0, 11.0), CLUTTER, look.water, 0.15)
+        objects.disc(canvas, site.spot(9.0), rng.uniform(6.0, 13.0), CLUTTER, look.water, 0.15)
     if rng.random() < 0.4:
         objects.disc(canvas, site.spot(6.0), rng.uniform(3.0, 5.0), CLUTTER, look.soil.tinted(rng, 0.1), 0.1)
     for _ in range(rng.poisson(7.0 * look.greenery)):
@@ -293,7 +293,7 @@ def works(site: Site) -> None:
     objects.rectangle(canvas, at, 0.85 * du, 0.85 * dv, CLUTTER, look.soil)
     objects.rectangle(canvas, at, du + 4.0, 4.5, IMPERVIOUS, look.yard.tinted(rng, 0.1))
     site.building(at.moved(0.18 * du, 0.22 * dv), (0.35 * du, 0.25 * dv), rng.uniform(3.0, 9.0), flat=True)
-    for _ in range(int(rng.integers(3, 9))):
+    for _ in range(int(rng.integers(1, 5))):
         objects.container(canvas, rng, site.spot(5.0).moved(0.0, 0.0, float(rng.choice([0.0, np.pi / 2]))))
     for _ in range(rng.poisson(3.0)):
         objects.car(canvas, rng, site.spot(5.0))

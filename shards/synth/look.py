@@ -21,20 +21,23 @@ PITCHED: tuple[Material, ...] = (
     Material((0.62, 0.28, 0.19), 0.05, 0.05, 0.04, 0.02, stripe=0.05, period=0.8),  # red tiles
     Material((0.72, 0.41, 0.26), 0.05, 0.06, 0.05, 0.02, stripe=0.05, period=0.8),  # orange tiles
     Material((0.40, 0.29, 0.24), 0.05, 0.06, 0.05, 0.02, stripe=0.05, period=0.8),  # brown tiles
-    Material((0.29, 0.30, 0.33), 0.03, 0.04, 0.03, 0.02, stripe=0.03, period=0.7),  # slate
+    Material((0.25, 0.27, 0.33), 0.03, 0.04, 0.03, 0.02, stripe=0.03, period=0.7),  # slate
     Material((0.55, 0.46, 0.40), 0.03, 0.05, 0.04, 0.02, stripe=0.03, period=1.1),  # fibre cement
-    Material((0.46, 0.53, 0.60), 0.02, 0.02, 0.02, 0.02, stripe=0.06, period=1.2),  # blue sheet metal
-    Material((0.42, 0.54, 0.47), 0.02, 0.04, 0.05, 0.02, stripe=0.05, period=1.2),  # copper
+    Material((0.46, 0.57, 0.70), 0.02, 0.02, 0.02, 0.02, stripe=0.06, period=1.2),  # blue sheet metal
+    Material((0.38, 0.58, 0.49), 0.02, 0.04, 0.05, 0.02, stripe=0.05, period=1.2),  # copper
     Material((0.33, 0.34, 0.24), 0.06, 0.09, 0.08, 0.03, stripe=0.02, period=0.8),  # mossy tiles
 )
 FLAT: tuple[Material, ...] = (
-    Material((0.60, 0.57, 0.52), 0.06, 0.04, 0.05, 0.03),  # gravel
-    Material((0.68, 0.67, 0.64), 0.03, 0.03, 0.06, 0.04),  # concrete
+    Material((0.66, 0.61, 0.52), 0.06, 0.04, 0.05, 0.03),  # gravel
+    Material((0.74, 0.72, 0.68), 0.03, 0.03, 0.06, 0.04),  # concrete
     Material((0.21, 0.21, 0.22), 0.03, 0.04, 0.06, 0.03),  # bitumen
-    Material((0.78, 0.78, 0.76), 0.02, 0.02, 0.04, 0.03),  # white membrane
+    Material((0.86, 0.86, 0.84), 0.02, 0.02, 0.04, 0.03),  # white membrane
     Material((0.38, 0.42, 0.24), 0.08, 0.10, 0.10, 0.05),  # planted
     Material((0.53, 0.40, 0.33), 0.04, 0.05, 0.06, 0.03),  # terracotta terrace
 )
+# How usual each material is: parameters of the Dirichlet distribution of a town's stock.
+PITCHED_USUAL = np.array([1.2, 0.9, 0.6, 0.25, 0.3, 0.3, 0.2, 0.15])
+FLAT_USUAL = np.array([0.6, 0.5, 0.4, 0.6, 0.25, 0.5])
 DISTRICTS = ("houses", "slabs", "court", "industry", "park", "field", "parking", "works")
 TYPICAL = np.array([3.2, 1.3, 1.7, 1.1, 1.1, 0.6, 0.4, 0.4])
 
@@ -75,9 +78,9 @@ class Look:
         """Draw the conditions of one scene."""
         ground = _greens(rng) | _grounds(rng)
         stock = {
-            "pitched": tuple(rng.dirichlet(np.full(len(PITCHED), 0.35)).tolist()),
-            "flat": tuple(rng.dirichlet(np.full(len(FLAT), 0.45)).tolist()),
-            "flat_share": float(rng.uniform(0.1, 0.5)),
+            "pitched": tuple(rng.dirichlet(PITCHED_USUAL).tolist()),
+            "flat": tuple(rng.dirichlet(FLAT_USUAL).tolist()),
+            "flat_share": float(rng.uniform(0.08, 0.4)),
             "districts": tuple((rng.dirichlet(TYPICAL * 0.9) * 0.75 + 0.25 * TYPICAL / TYPICAL.sum()).tolist()),
             "traffic": float(rng.uniform(0.35, 0.9)),
             "greenery": float(rng.uniform(0.5, 1.6)),
@@ -99,7 +102,7 @@ def _greens(rng: np.random.Generator) -> dict[str, object]:
     trees = []
     for base in (one, other, 0.5 * (one + other), 0.6 * one + 0.1):
         color = _varied(rng, base, 0.10, 0.04)
-        trees.append(Material(color, 0.10 * rough, 0.10 * rough, 0.06, 0.03, relief=float(rng.uniform(0.9, 1.3))))
+        trees.append(Material(color, 0.10 * rough, 0.10 * rough, 0.06, 0.03, relief=float(rng.uniform(1.0, 1.6))))
     # A rough meadow has the bumps of a crown, a lawn may be darker than one: colour or texture alone do not decide.
     return {
         "lawn": Material(_varied(rng, lawn, 0.10, 0.04), 0.04 * rough, 0.04 * rough, 0.05, 0.04, relief=0.05),
@@ -112,15 +115,15 @@ def _greens(rng: np.random.Generator) -> dict[str, object]:
 
 def _grounds(rng: np.random.Generator) -> dict[str, object]:
     soil = rng.uniform(0.0, 1.0)
-    brown = np.array([0.50, 0.33, 0.19]) * (1 - soil) + np.array([0.72, 0.56, 0.36]) * soil
-    water = np.array([0.10, 0.24, 0.30]) * rng.uniform(0.7, 1.6)
+    sand = np.array([0.66, 0.50, 0.22]) * (1 - soil) + np.array([0.84, 0.72, 0.46]) * soil
+    water = np.array([0.08, 0.26, 0.38]) * rng.uniform(0.8, 1.5)
     level = rng.uniform(0.28, 0.5)
     asphalt = np.full(3, level) + np.array([0.02, 0.0, -0.02]) * rng.uniform(-0.6, 1.4)
-    slabs = np.full(3, np.clip(level + rng.uniform(-0.06, 0.24), 0.3, 0.72))
+    slabs = np.full(3, np.clip(level + rng.uniform(-0.04, 0.16), 0.3, 0.62))
     slabs = slabs + np.array([0.03, 0.0, -0.03]) * rng.uniform(-0.3, 1.8)
     yard = 0.5 * (asphalt + slabs) + np.array([0.05, 0.01, -0.03]) * rng.uniform(0.0, 1.0)
     return {
-        "soil": Material(_varied(rng, brown, 0.1, 0.04), 0.08, 0.10, 0.12, 0.08, relief=0.15),
+        "soil": Material(_varied(rng, sand, 0.1, 0.04), 0.08, 0.10, 0.12, 0.08, relief=0.15),
         "water": Material(_varied(rng, water, 0.05, 0.08), 0.01, 0.02, 0.02, 0.05),
         "road": Material(_varied(rng, asphalt, 0.02, 0.01), 0.03, 0.03, 0.05, 0.04),
         "pavement": Material(_varied(rng, slabs, 0.02, 0.01), 0.05, 0.04, 0.04, 0.03, stripe=0.04, period=1.0),
@@ -134,7 +137,7 @@ def _light(rng: np.random.Generator) -> dict[str, object]:
     low = 1.0 - elevation / np.deg2rad(62.0)
     sun = direct * np.array([1.0, 1.0 - 0.10 * low, 1.0 - 0.24 * low]) / np.sin(max(elevation, 0.6))
     blue = 1.0 + rng.uniform(0.0, 1.0) * np.array([-0.12, 0.0, 0.22])
-    sky = (0.38 + 0.5 * (1.0 - direct)) * blue
+    sky = (0.46 + 0.5 * (1.0 - direct)) * blue
     return {
         "sun_azimuth": float(rng.uniform(0.0, 2.0 * np.pi)),
         "sun_elevation": elevation,
@@ -143,7 +146,7 @@ def _light(rng: np.random.Generator) -> dict[str, object]:
         "haze": float(rng.beta(1.2, 5.0) * 0.4),
         "haze_color": np.array([0.66, 0.70, 0.76], dtype=np.float32),
         "clouds": float(rng.choice([0.0, rng.uniform(0.1, 0.3)])),
-        "gain": (rng.uniform(1.0, 1.3) * (1.0 + rng.normal(0.0, 0.03, 3))).astype(np.float32),
+        "gain": (rng.uniform(0.95, 1.2) * (1.0 + rng.normal(0.0, 0.03, 3))).astype(np.float32),
         "gamma": float(rng.uniform(0.85, 1.15)),
         "blur": float(rng.uniform(0.35, 0.85)),
         "noise": float(rng.uniform(0.003, 0.014)),

@@ -42,6 +42,7 @@ class Frame:
         self.middle = (0.5 * cols * canvas.gsd, 0.5 * rows * canvas.gsd)
         bend = rng.uniform(0.0, 2.5)
         self.bends = [bend * value_noise(rng, canvas.shape, 55.0 / canvas.gsd) for _ in range(2)]
+        self.slack = float(np.hypot(*(np.abs(bend).max() for bend in self.bends)))
         window = canvas.window(*self.middle, max(rows, cols) * canvas.gsd, self.angle)
         self.u: Floats = window.along + self.bends[0]
         self.v: Floats = window.across + self.bends[1]
@@ -61,14 +62,13 @@ class Frame:
 
     def fill(self, box: Box, class_id: int, material: Material) -> None:
         """Pave or sow a box of ground."""
-        inside = (self.u >= box.u0) & (self.u < box.u1) & (self.v >= box.v0) & (self.v < box.v1)
-        rows, cols = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
-        if not rows.size:
-            return
-        at = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(cols[0]), int(cols[-1]) + 1)
-        color = self.canvas.shade(material, at, self.u[at])
+        middle = Place(*self.middle, self.angle).moved(0.5 * (box.u0 + box.u1), 0.5 * (box.v0 + box.v1))
+        reach = 0.5 * float(np.hypot(box.u1 - box.u0, box.v1 - box.v0)) + self.slack
+        at = self.canvas.window(middle.x, middle.y, reach).at
+        u, v = self.u[at], self.v[at]
+        inside = (u >= box.u0) & (u < box.u1) & (v >= box.v0) & (v < box.v1)
         slope = material.relief * self.canvas.textures.leaves[(slice(None), *at)]
-        self.canvas.paint(at, inside[at], class_id, color, 0.0, slope)
+        self.canvas.paint(at, inside, class_id, self.canvas.shade(material, at, u), 0.0, slope)
 
 
 def build(canvas: Canvas, look: Look, rng: np.random.Generator) -> None:

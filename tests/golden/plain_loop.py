@@ -1,0 +1,127 @@
+"""The round in plain PyTorch, written from the table of the method ("The round"); it borrows only the networks.
+
+The sharpening is taken by explicit powers of the softmax in float64, and each of Tc, E, D1, D2 has one torch optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dctc.methods import Batch
+from tests.golden.rounds import CLASSES, IGNORE, TERMS
+
+
+@dataclass(frozen=True)
+class Switches:
+    """The readings of the method that the loop knows; ``start`` and ``ramp`` are of phases 2 and 3."""
+
+    temperature: float = 0.5
+    sharpen: str = "both"
+    loss: str = "multiclass"
+    soft: bool = False
+    fused: bool = False
+    start: tuple[int, int] = (0, 0)
+    ramp: tuple[int, int] = (0, 0)
+    sgd: bool = False
+    clip: float | None = None
+
+
+class PlainLoop:
+    """One step on each of the five losses in turn."""
+
+    def __init__(self, parts: Mapping[str, nn.Module], switches: Switches) -> None:
+        self.nets = {name: deepcopy(module).train() for name, module in parts.items()}
+        self.switches = switches
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            name: torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+            if switches.sgd
+            else torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+            for name, net in self.nets.items()
+        }
+
+    def round(self, labelled: Batch, unlabelled: Batch, step: int) -> dict[str, float]:
+        """The losses of round ``step`` by term."""
+        y = labelled.required_labels()
+        truth = nn.functional.one_hot(y.where(y != IGNORE, 0), CLASSES).movedim(-1, 1).double() * (y != IGNORE)[:, None]
+        loss = self.loss(self.nets["teacher"](labelled.images), truth, 1.0)  # equation 9 has no sharpening
+        self.step(loss, ["teacher"])
+        values = {"teacher": loss.item()}
+        x, valid = unlabelled.images, unlabelled.valid
+        for phase, names in enumerate((TERMS[1:3], TERMS[3:5])):
+            if not (weight := self.weight(phase, step)):
+                continue
+            for net in self.nets.values():
+                net.eval()
+            with torch.no_grad():
+                said = [self.nets["teacher"](x)] * 2 if phase == 0 else [self.student(2, x), self.student(1, x)]
+                targets = [self.pseudo(z, valid) for z in said]
+            for net in self.nets.values():
+                net.train()
+            values |= dict(zip(names, self.teach(x, targets, weight), strict=True))
+        return values
+
+    def student(self, number: int, x: Tensor) -> Tensor:
+        """S = D after E."""
+        logits: Tensor = self.nets[f"s{number}"](self.nets["encoder"](x), x.shape[-2:])
+        return logits
+
+    def loss(self, logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+        """Equation 6 of equation 5, mean over the pixels that count; ``target`` [B,K,H,W] is all zero where ignored."""
+        p = torch.softmax(logits.double(), 1) ** (1 / temperature)
+        p = p / p.sum(1, keepdim=True)
+        pixels = -(target * p.log()).sum(1)
+        if self.switches.loss == "binary":
+            others = torch.stack([p[:, [k for k in range(CLASSES) if k != c]].sum(1) for c in range(CLASSES)], 1)
+            pixels = pixels - ((1 - target) * others.log()).sum(1)
+        return pixels[target.sum(1) > 0].mean()
+
+    def pseudo(self, logits: Tensor, valid: Tensor) -> Tensor:
+        """The pseudo label as a distribution, zero where the image has no data."""
+        p = torch.softmax(logits.double(), 1)
+        certain = nn.functional.one_hot(logits.argmax(1), CLASSES).movedim(-1, 1).double()
+        return (p if self.switches.soft else certain) * valid[:, None]
+
+    def weight(self, phase: int, step: int) -> float:
+        """0 before the start, exp(-5(1-t)^2) along the ramp, then 1."""
+        start, ramp = self.switches.start[phase], self.switches.ramp[phase]
+        if step < start:
+            return 0.0
+        return math.exp(-5 * (1 - (step - start) / ramp) ** 2) if step - start < ramp else 1.0
+
+    def teach(self, x: Tensor, targets: Sequence[Tensor], weight: float) -> list[float]:
+        """One phase: S1 on the first target, S2 on the second."""
+        sharp = [self.switches.temperature if self.switches.sharpen in (s, "both") else 1.0 for s in ("s1", "s2")]
+        if self.switches.fused:
+            features = self.nets["encoder"](x)
+            logits = [self.nets[s](features, x.shape[-2:]) for s in ("s1", "s2")]
+            pair = [self.loss(z, y, t) for z, y, t in zip(logits, targets, sharp, strict=True)]
+            self.step(pair[0] + pair[1], ["encoder", "s1", "s2"], weight)
+            return [value.item() for value in pair]
+        values = []
+        for number in (1, 2):
+            loss = self.loss(self.student(number, x), targets[number - 1], sharp[number - 1])
+            self.step(loss, ["encoder", f"s{number}"], weight)
+            values.append(loss.item())
+        return values
+
+    def step(self, loss: Tensor, names: Sequence[str], rate: float = 1.0) -> None:
+        """One step of the named nets at ``rate`` times the learning rate; each net's gradient clipped alone."""
+        parameters = {name: list(self.nets[name].parameters()) for name in names}
+        gradients = iter(torch.autograd.grad(loss, [p for name in names for p in parameters[name]]))
+        for name in names:
+            own = [next(gradients) for _ in parameters[name]]
+            norm = math.sqrt(sum(float(g.double().square().sum()) for g in own))
+            shrink = 1.0 if self.switches.clip is None else min(1.0, self.switches.clip / norm)
+            for parameter, gradient in zip(parameters[name], own, strict=True):
+                parameter.grad = gradient * shrink
+            group = self.optimizers[name].param_groups[0]
+            before = group["lr"]
+            group["lr"] = before * rate
+            self.optimizers[name].step()
+            group["lr"] = before

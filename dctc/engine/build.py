@@ -139,7 +139,7 @@ def prepare(
         precision=precision,
         layout=layout,
         folder=run.folder,
-        rows=_watched_rows(index, labelled_rows, unlabelled_rows, config.evaluation.pictures),
+        rows=_watched_rows(dataset, index, labelled_rows, unlabelled_rows, config.evaluation.pictures),
         batch=config.evaluation.batch,
         workers=config.data.workers,
         describe=partial(describe, config, dataset),
@@ -221,9 +221,15 @@ def _intervals(config: Config, schedule: Schedule) -> Every:
     )
 
 
-def _watched_rows(index: Index, labelled: Indices, unlabelled: Indices, pictures: int) -> dict[str, Indices]:
-    """Fixed samples spread evenly over their sets, so that curves and pictures always show the same tiles."""
-    val, test = index.rows("val"), index.rows("test")
+def _watched_rows(
+    dataset: Dataset, index: Index, labelled: Indices, unlabelled: Indices, pictures: int
+) -> dict[str, Indices]:
+    """Fixed samples spread evenly over their sets, so that curves and pictures always show the same tiles.
+
+    A split without a label cannot be scored: it has no rows here.
+    """
+    scored = dataset.manifest.splits
+    val, test = (index.rows(split) if scored[split].labelled else labelled[:0] for split in ("val", "test"))
     return {
         "val": val,
         "test": test,

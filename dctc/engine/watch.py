@@ -83,10 +83,10 @@ class Watch:
     def test(self) -> Evaluation | None:
         """Score the test split in float32, as ``dctc evaluate`` does, and write the report (main rank).
 
-        Returns None when the dataset has no test split.
+        Returns None when the dataset has no labelled test tile.
         """
         if not len(self.rows["test"]):
-            self.warn("the dataset has no test split: no final test")
+            self.warn("the dataset has no labelled test tile: no final test")
             return None
         evaluation = self._evaluate(self.rows["test"], nullcontext())
         if self.parallel.is_main:

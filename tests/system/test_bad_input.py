@@ -163,7 +163,9 @@ def test_a_file_that_is_no_model(refused: Dctc, tmp_path: Path, tiny_dataset: Pa
     assert "model.safetensors" in refused("evaluate", tmp_path / "model.safetensors", tiny_dataset)
 
 
-def test_damaged_shard_is_named_by_evaluate(refused: Dctc, tmp_path: Path, tiny_dataset: Path, tiny_model: Path) -> None:
+def test_damaged_shard_is_named_by_evaluate(
+    refused: Dctc, tmp_path: Path, tiny_dataset: Path, tiny_model: Path
+) -> None:
     dataset = Path(shutil.copytree(tiny_dataset, tmp_path / "dataset"))
     shard = next(dataset.glob("shards/test-*.tar"))
     raw = bytearray(shard.read_bytes())

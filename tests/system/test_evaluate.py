@@ -1,0 +1,60 @@
+"""`dctc evaluate` finds what the run's own test found; splits without labels are said to be so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import run, write_config
+
+
+@pytest.fixture(scope="module")
+def tested(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Path:
+    """The folder of a run with loader workers, validation, pictures and the final test."""
+    config = write_config(
+        tmp_path_factory.mktemp("tested") / "tested.yaml",
+        tiny_dataset,
+        data={"workers": 1, "augment": "flips"},
+        run={"pictures_every": 3},
+        evaluation={"every": 3, "test": True},
+    )
+    run("dctc", "train", config)
+    return config.parent / "runs" / "synthetic-scene" / "tested"
+
+
+def test_evaluate_repeats_the_final_test(tested: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores"
+    done = run("dctc", "evaluate", tested / "model.safetensors", tiny_dataset, "--json", "--out", out, "--batch", 5)
+    found, reported = json.loads(done.stdout), json.loads((tested / "report.json").read_text())["test"]
+    assert found["nets"].keys() == {"s1", "s2", "mean", "teacher"}
+    for name, net in found["nets"].items():
+        assert net["scores"]["matrix"] == reported["nets"][name]["scores"]["matrix"]
+        assert net["entropy"] == pytest.approx(reported["nets"][name]["entropy"], rel=1e-5)
+        assert (out / f"test-{name}-confusion.png").stat().st_size > 1000
+        header = (out / f"test-{name}.csv").read_text().splitlines()[0]
+        assert header.startswith("class,iou")
+    assert found["tiles"] == reported["tiles"]
+
+
+def test_the_run_leaves_what_it_promises(tested: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "model.safetensors", "best.safetensors", "report.json"):
+        assert (tested / name).stat().st_size > 0
+    assert sorted(path.name for path in (tested / "pictures").iterdir()) == ["step-00000003.png", "step-00000006.png"]
+    names = {key for line in (tested / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)["values"]}
+    losses = {"teacher", "teacher_to_s1", "teacher_to_s2", "s2_to_s1", "s1_to_s2"}
+    promised = {f"train/loss/{name}" for name in losses}
+    promised |= {"train/lr", "train/agreement", "train/entropy/teacher", "train/entropy/s1", "train/entropy/s2"}
+    promised |= {"best/val_miou", "perf/tiles_per_s", "perf/rounds_per_s", "perf/peak_memory_gib"}
+    promised |= {f"{split}/{net}/{score}" for split in ("val", "test") for net in ("s1", "s2", "mean", "teacher")
+                 for score in ("miou", "pa", "mpa", "f1")}  # fmt: skip
+    promised |= {"test/s1/iou/building", "perf/data_wait_share"}
+    assert promised <= names
+
+
+def test_running_it_again_does_nothing(tested: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tested.rglob("*") if path.is_file()}
+    done = run("dctc", "train", tested.parents[2] / "tested.yaml")
+    assert "finished, nothing to do" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in tested.rglob("*") if path.is_file()} == before

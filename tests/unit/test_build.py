@@ -1,0 +1,152 @@
+"""What a configuration becomes on a real dataset: equal rounds for every share, the two streams, refusals in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import pytest
+
+from dctc.config import load_config
+from dctc.engine.build import Run, locate, make_folder, prepare
+from dctc.engine.parallel import Parallel
+from dctc.engine.preempt import StopRequest
+from dctc.engine.trainer import Tracker, Trainer
+from shards.errors import InputError
+from shards.index import Index
+from shards.manifest import Dataset
+from shards.pack import pack
+from shards.recipe import load_recipe
+from shards.synth import write_scenes
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARES = ("1/8", "1/4", "1/2", "1")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """80 training tiles of 16 px, all labelled."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_scenes(folder / "scenes", 8, 64, 0)
+    pack(
+        load_recipe(ROOT / "configs/data/synthetic.yaml", ["tile.size=16"]),
+        folder / "scenes",
+        folder / "out",
+        workers=1,
+    )
+    return Dataset.open(folder / "out")
+
+
+def located(dataset: Dataset, folder: Path, *overrides: str) -> Run:
+    config = load_config(written(dataset, folder), overrides)
+    return locate(config, dataset, Parallel())
+
+
+def written(dataset: Dataset, folder: Path) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(
+        f"data: {{dataset: {dataset.root}}}\nmethod: {{name: dctc}}\n"
+        f"network: {{width: 2}}\nrun: {{output: {folder / 'runs'}}}\n"
+    )
+    return path
+
+
+def trainer(dataset: Dataset, folder: Path, *overrides: str) -> Trainer:
+    config = load_config(written(dataset, folder), overrides)
+    run = located(dataset, folder, *overrides)
+    nobody = cast(Tracker, SimpleNamespace())
+    return prepare(config, dataset, Parallel(), run, cast(StopRequest, SimpleNamespace(received=None)))(nobody)
+
+
+def test_every_share_and_method_takes_equally_many_rounds(dataset: Dataset, tmp_path: Path) -> None:
+    tiles = dataset.manifest.splits["train"].tiles
+    overrides = ("schedule.epochs=10", "schedule.warmup_epochs=1", "data.batch_labelled=3", "data.batch_unlabelled=6")
+    schedules = {
+        trainer(dataset, tmp_path, *overrides, f"data.labelled_share={share}", f"method.name={method}").schedule
+        for share in SHARES
+        for method in ("dctc", "supervised")
+    }
+    (schedule,) = schedules
+    assert schedule.epoch == -(-tiles // 3)
+    assert (schedule.rounds, schedule.warmup) == (10 * schedule.epoch, schedule.epoch)
+
+
+def test_a_short_run_has_a_short_warm_up(dataset: Dataset, tmp_path: Path) -> None:
+    schedule = trainer(dataset, tmp_path, "schedule.epochs=2").schedule
+    rates = [schedule.factor(step) for step in range(schedule.rounds)]
+    assert max(rates) == 1
+    assert rates[-1] < 0.01
+
+
+def test_the_streams_of_each_share(dataset: Dataset, tmp_path: Path) -> None:
+    train = set(Index.open(dataset).rows("train").tolist())
+    smaller: set[int] = set()
+    for share in SHARES:
+        built = trainer(dataset, tmp_path, f"data.labelled_share={share}")
+        assert built.unlabelled is not None
+        labelled, unlabelled = (set(stream.rows.tolist()) for stream in (built.labelled, built.unlabelled))
+        assert built.labelled.labels
+        assert not built.unlabelled.labels  # its labels are never read
+        assert built.labelled.number != built.unlabelled.number
+        assert smaller < labelled  # nested
+        if share == "1":  # all labelled: the labelled images without their labels
+            assert labelled == unlabelled == train
+        else:
+            assert labelled | unlabelled == train
+            assert not labelled & unlabelled
+        smaller = labelled
+
+
+def test_supervised_has_no_second_stream(dataset: Dataset, tmp_path: Path) -> None:
+    built = trainer(dataset, tmp_path, "method.name=supervised", "data.batch_labelled=5", "data.batch_unlabelled=7")
+    assert built.unlabelled is None
+    assert built.tiles_per_round == 5
+    assert trainer(dataset, tmp_path, "data.batch_labelled=5", "data.batch_unlabelled=7").tiles_per_round == 12
+
+
+def test_the_same_tiles_are_watched_whatever_the_layout(dataset: Dataset, tmp_path: Path) -> None:
+    first, second = (trainer(dataset, tmp_path, f"parallel.accumulation={n}").watch.rows for n in (1, 2))
+    assert first.keys() == second.keys() == {"val", "test", "labelled", "probe", "pictures"}
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("method.name=dctcc", ("method.name", "'dctcc'", "did you mean 'dctc'")),
+        ("method.temperture=1", ("method.temperture", "did you mean 'temperature'")),
+        ("method.sharpen=s3", ("method.sharpen", "'s3'", "none, s1, s2, both")),
+        ("method.temperature=2", ("method.temperature", "2")),
+        ("method.phase2_start=-1", ("method.phase2_start", "-1")),
+        ("network.name=unett", ("network.name", "'unett'", "unet")),
+        ("network.norm=sync", ("network.norm", "batch or group")),
+    ],
+)
+def test_settings_that_no_method_or_network_takes(
+    dataset: Dataset, tmp_path: Path, override: str, words: tuple[str, ...]
+) -> None:
+    with pytest.raises(InputError) as caught:
+        trainer(dataset, tmp_path, override)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_the_first_round(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="batch of 4 does not divide"):
+        trainer(dataset, tmp_path, "parallel.accumulation=3")
+
+
+def test_the_folder_is_named_by_dataset_and_run(dataset: Dataset, tmp_path: Path) -> None:
+    run = located(dataset, tmp_path, "data.labelled_share=0.25", "run.seed=3")
+    experiment = f"{dataset.manifest.name}-{dataset.manifest.protocol}"
+    assert (run.experiment, run.name) == (experiment, "dctc-1/4-s3")
+    assert run.folder == tmp_path / "runs" / experiment / "dctc-1_4-s3"
+    assert not run.folder.exists()
+    make_folder(load_config(written(dataset, tmp_path), ["data.labelled_share=0.25", "run.seed=3"]), run)
+    again = load_config(run.folder / "config.yaml")
+    assert (
+        again.data.labelled_share
+        == load_config(written(dataset, tmp_path), ["data.labelled_share=1/4"]).data.labelled_share
+    )
+    assert run.source is None

@@ -328,6 +328,9 @@ def _show_dataset(dataset: Dataset) -> None:
 def _device(name: str) -> torch.device:
     import torch
 
+    from dctc.engine.precision import no_tf32
+
+    no_tf32()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

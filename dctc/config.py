@@ -113,7 +113,10 @@ class ParallelConfig(_Section):
 
 
 class RunConfig(_Section):
-    """Where a run goes and how it goes on. Intervals are in rounds; 0 never, None once an epoch."""
+    """Where a run goes and how it goes on. Intervals are in rounds; None is once an epoch, 0 never.
+
+    A checkpoint is also written at the end and when the run is asked to stop.
+    """
 
     output: Path = Path("runs")
     experiment: str | None = None  # default: dataset and protocol

@@ -12,11 +12,10 @@ if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent
 import warnings
 
 from dctc.config import load_config
-from dctc.engine.build import finish, is_finished, locate, make_folder, prepare
+from dctc.engine.build import finish, is_finished, locate, make_folder, prepare, resolve
 from dctc.engine.parallel import Parallel
 from dctc.engine.preempt import EXIT_PREEMPTED, StopRequest
-from dctc.tracking.run import send_pending
-from dctc.tracking.start import start_tracking
+from dctc.tracking.start import send_late, start_tracking
 from shards.errors import InputError
 from shards.manifest import Dataset
 
@@ -26,7 +25,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
-    config = load_config(arguments[0], arguments[1:])
+    config = resolve(load_config(arguments[0], arguments[1:]))
     dataset = Dataset.open(config.data.dataset)
     stop = StopRequest()
     parallel = Parallel(config.parallel.strategy)
@@ -34,8 +33,7 @@ def main(arguments: list[str]) -> int:
     if is_finished(config, run):
         if parallel.is_main:
             print(f"{run.folder}: finished, nothing to do; another run.name or run.seed makes a new run")
-            if config.tracking.enabled:
-                send_pending(run.folder)
+            send_late(run.folder)
         return 0
     make_trainer = prepare(config, dataset, parallel, run, stop)
     if parallel.is_main:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Sequence
+from io import FileIO
 from typing import TypedDict
 
 import numpy as np
@@ -48,7 +49,7 @@ class TileDataset(TorchDataset[RawBatch]):
         self.dataset = dataset
         self.labels = labels
         self.index = Index.open(dataset)
-        self._files: dict[int, int] = {}  # shard -> file descriptor of this process
+        self._files: dict[int, FileIO] = {}  # shards opened by this process; they close with this object
 
     def __len__(self) -> int:
         return len(self.index)
@@ -109,7 +110,7 @@ class TileDataset(TorchDataset[RawBatch]):
         if shard not in self._files:
             path = self._shard(row)
             try:
-                self._files[shard] = os.open(path, os.O_RDONLY)
+                self._files[shard] = FileIO(path)
             except OSError as error:
                 raise InputError(f"{path}: cannot be opened ({error.strerror}); pack the dataset again") from None
-        return os.pread(self._files[shard], size, offset)
+        return os.pread(self._files[shard].fileno(), size, offset)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from dctc.bundle import Description
-from dctc.config import Config, nearest
+from dctc.config import Config, MethodConfig, nearest
 from dctc.data.loaders import TrainingStream
 from dctc.data.order import LABELLED, UNLABELLED, Indices, Layout
 from dctc.engine.checkpoint import Checkpoints, Progress, latest, read_progress
@@ -24,7 +24,7 @@ from dctc.engine.schedule import Schedule
 from dctc.engine.trainer import Every, Tracker, Trainer
 from dctc.engine.update import OptimizerSpec, Updater
 from dctc.engine.watch import PROBE_TILES, Watch
-from dctc.methods import Method, OptionError, build_method
+from dctc.methods import Method, OptionError, build_method, parse_options
 from dctc.networks import NetworkSpec, UnknownNetwork
 from shards.errors import InputError
 from shards.index import Index
@@ -45,6 +45,21 @@ class Run:
     folder: Path
     progress: Progress
     source: Path | None
+
+
+def resolve(config: Config) -> Config:
+    """The configuration with every option of its method written out, so that a default cannot change behind a run.
+
+    Raises:
+        InputError: for an unknown method or a wrong option, naming the key and the nearest valid name.
+    """
+    try:
+        options = parse_options(config.method.name, config.method.options)
+    except OptionError as error:
+        hint = f"; {nearest(error.wrong, error.known)}" if error.known else ""
+        raise InputError(f"key method.{error.key}: {error}{hint}") from None
+    method = MethodConfig.model_validate({"name": config.method.name, **asdict(options)})
+    return config.model_copy(update={"method": method})
 
 
 def locate(config: Config, dataset: Dataset, parallel: Parallel) -> Run:
@@ -95,7 +110,7 @@ def is_finished(config: Config, run: Run) -> bool:
     if run.source is None or not path.exists():
         return False
     report = json.loads(path.read_text())
-    return report["rounds"] == run.progress.rounds and (report["test"] is not None or not config.evaluation.test)
+    return bool(report["rounds"] == run.progress.rounds and report["tested"] >= config.evaluation.test)
 
 
 def prepare(
@@ -171,7 +186,7 @@ def finish(trainer: Trainer, config: Config) -> None:
     progress.tracking_id = tracker.run_id
     model = watch.save_model("model.safetensors", progress)
     evaluation = watch.test() if config.evaluation.test else None
-    report = watch.report(progress, evaluation, trainer.tiles_per_round)
+    report = watch.report(progress, evaluation, config.evaluation.test, trainer.tiles_per_round)
     if not trainer.parallel.is_main:
         return
     if evaluation is not None:
@@ -185,9 +200,6 @@ def finish(trainer: Trainer, config: Config) -> None:
 def _method(config: Config, dataset: Dataset, parallel: Parallel) -> Method:
     try:
         return build_method(config.method.name, _network_spec(config, dataset, parallel), config.method.options)
-    except OptionError as error:
-        hint = f"; {nearest(error.wrong, error.known)}" if error.known else ""
-        raise InputError(f"key method.{error.key}: {error}{hint}") from None
     except UnknownNetwork as error:
         raise InputError(f"key network.name: {error}") from None
 

@@ -63,7 +63,7 @@ class Progress:
         if self.dataset != dataset:
             raise InputError(
                 f"{source}: was made with another dataset (manifest {self.dataset[:12]}, now {dataset[:12]}); "
-                "choose another run.name, or run.resume=never"
+                "choose another run.name"
             )
         keys = sorted(k for k in {*self.settings, *settings} if self.settings.get(k) != settings.get(k))
         if keys:

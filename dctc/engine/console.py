@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 
 def duration(seconds: float) -> str:
@@ -26,8 +27,14 @@ class Console:
     def __init__(self, total: int, done: int, enabled: bool) -> None:
         self.total, self.done, self.enabled = total, done, enabled
         self._out = RichConsole(file=sys.stdout, soft_wrap=True, highlight=False)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=self._out) if enabled and self._out.is_terminal else None
+        # The losses come last: a narrow terminal cuts them, not the bar and the time left.
+        columns = (
+            BarColumn(12, table_column=Column(min_width=12)),
+            MofNCompleteColumn(table_column=Column(min_width=2 * len(str(total)) + 1)),
+            TimeRemainingColumn(table_column=Column(min_width=7)),
+            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        )
+        self._bar = Progress(*columns, console=self._out, expand=True) if enabled and self._out.is_terminal else None
         self._task = self._bar.add_task("", total=total, completed=done) if self._bar else None
         if self._bar:
             self._bar.start()
@@ -42,12 +49,12 @@ class Console:
         losses = " ".join(
             f"{key.rsplit('/', 1)[-1]} {value:.4f}" for key, value in metrics.items() if key.startswith("train/loss/")
         )
-        text = f"{losses} | {metrics['perf/tiles_per_s']:.1f} tiles/s"
+        speed = f"{metrics['perf/tiles_per_s']:.1f} tiles/s"
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=done, description=text)
+            self._bar.update(self._task, completed=done, description=f"{speed} | {losses}")
         else:
             left = duration((self.total - done) / metrics["perf/rounds_per_s"])
-            self.line(f"round {done}/{self.total} | {text} | {left} left")
+            self.line(f"round {done}/{self.total} | {losses} | {speed} | {left} left")
 
     def line(self, text: str) -> None:
         """One line above the bar."""

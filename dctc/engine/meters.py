@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,15 @@ class Meters:
             for term, share in zip(update.terms, update.shares.unbind(), strict=True):
                 self._sums[term] = self._sums[term] + share if term in self._sums else share
                 self._counts[term] = self._counts.get(term, 0) + 1
+
+    def check(self, step: int) -> None:
+        """Raise :class:`FloatingPointError` when a loss since the last read is not finite. It waits for the device."""
+        bad = [term for term, value in self._sums.items() if not math.isfinite(value.item())]
+        if self.parallel.any(bool(bad)):
+            raise FloatingPointError(
+                f"loss {', '.join(bad) or 'of another rank'} is no longer finite by round {step}: "
+                "lower optimizer.lr, set optimizer.clip, or use precision.dtype=fp32"
+            )
 
     def read(self, rate: float) -> dict[str, float]:
         """Metrics since the last read, the same on all ranks; all ranks must call it."""

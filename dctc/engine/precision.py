@@ -18,6 +18,7 @@ class Precision:
     def __init__(self, dtype: str, device: torch.device, channels_last: bool = False) -> None:
         self.device = device
         self.dtype = DTYPES[dtype]
+        no_tf32()
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def autocast(self) -> torch.autocast:
@@ -27,3 +28,9 @@ class Precision:
     def lay_out(self, module: nn.Module) -> nn.Module:
         """The module's weights in the chosen memory format."""
         return module.to(memory_format=self.memory_format)  # type: ignore[call-overload,no-any-return]  # stub lacks it
+
+
+def no_tf32() -> None:
+    """Make float32 mean float32 on CUDA: convolutions use TF32 by default there."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False

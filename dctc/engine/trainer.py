@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,7 +95,8 @@ class Trainer:
                 console.round(progress.rounds)
                 self._log(meters, rate, console)
                 stopping = self.parallel.any(self.stop.received is not None)
-                if stopping or due(self.every.checkpoint, progress.rounds, total):
+                if stopping or progress.rounds == total or due(self.every.checkpoint, progress.rounds, total):
+                    meters.check(progress.rounds)  # what is not finite must not become the latest checkpoint
                     progress.tracking_id = self.tracker.run_id
                     self.checkpoints.save(self.updater.parts, self.updater.optimizers, progress)
                 if stopping and progress.rounds < total:
@@ -120,13 +120,8 @@ class Trainer:
     def _log(self, meters: Meters, rate: float, console: Console) -> None:
         done, total = self.progress.rounds, self.schedule.rounds
         if due(self.every.log, done, total):
+            meters.check(done)
             metrics = meters.read(rate)
-            bad = [key for key, value in metrics.items() if key.startswith("train/loss/") and not math.isfinite(value)]
-            if bad:
-                raise FloatingPointError(
-                    f"{', '.join(bad)} is no longer finite by round {done}: "
-                    "lower optimizer.lr, set optimizer.clip, or use precision.dtype=fp32"
-                )
             self.tracker.metrics(metrics, done)
             console.metrics(done, metrics)
         with meters.paused():

@@ -93,14 +93,18 @@ class Watch:
             write_evaluation(self.folder, evaluation, "test")
         return evaluation
 
-    def report(self, progress: Progress, evaluation: Evaluation | None, tiles_per_round: int) -> Path:
-        """Write ``report.json``: final metrics, time, memory, tiles/s, versions (main rank)."""
+    def report(self, progress: Progress, evaluation: Evaluation | None, tested: bool, tiles_per_round: int) -> Path:
+        """Write ``report.json``: final metrics, time, memory, tiles/s, versions (main rank).
+
+        ``tested`` says whether a test was asked for; ``evaluation`` is None without one, or without labels for it.
+        """
         record = {
             "rounds": progress.rounds,
             "train_seconds": progress.seconds,
             "train_tiles_per_s": progress.rounds * tiles_per_round / progress.seconds if progress.seconds else None,
             "best_val_miou": progress.best,
             "headline": self.method.headline,
+            "tested": tested,
             "test": None if evaluation is None else evaluation.as_record(),
             "strategy": self.parallel.strategy,
             "world_size": self.parallel.world,
@@ -163,6 +167,8 @@ class Watch:
                 metrics[f"train/share/{name}/{label}"] = share
             if progress.rounds >= self.warn_from and name != "mean":
                 self._warn_of_dying_classes(name, net.predicted)
+        names = self.dataset.manifest.class_names
+        metrics |= {f"train/share/labels/{n}": float(s) for n, s in zip(names, self._labelled_shares(), strict=True)}
         if evaluation.agreement is not None:
             metrics["train/agreement"] = evaluation.agreement
         return {key: value for key, value in metrics.items() if math.isfinite(value)}

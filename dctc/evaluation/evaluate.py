@@ -21,6 +21,7 @@ from dctc.evaluation.confusion import Agreement, ConfusionMatrix, EntropyMeter, 
 Logits = Callable[[Tensor], Mapping[str, Tensor]]
 Reduce = Callable[[Tensor], Tensor]
 STUDENTS = ("s1", "s2")
+CLUTTER = "clutter"  # the mean without a class of this name is reported beside the plain one
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Evaluation:
         metrics: dict[str, float] = {}
         for name, net in self.nets.items():
             if net.scores is not None:
-                metrics |= net.scores.as_metrics(f"{prefix}/{name}")
+                without = [CLUTTER] if CLUTTER in net.scores.names else []
+                metrics |= net.scores.as_metrics(f"{prefix}/{name}", without=without)
             metrics[f"{prefix}/{name}/entropy"] = net.entropy
             metrics[f"{prefix}/{name}/sharpened_entropy"] = net.sharpened_entropy
         if self.agreement is not None:

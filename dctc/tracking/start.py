@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from dctc.config import Config
-from dctc.tracking.run import RunSettings, Tracker, describe_dataset, git_commit, open_tracker, resolve_uri
+from dctc.tracking.delivery import PENDING
+from dctc.tracking.run import (
+    RunSettings,
+    Tracker,
+    describe_dataset,
+    git_commit,
+    open_tracker,
+    resolve_uri,
+    send_pending,
+)
 from shards.manifest import Dataset
 
 
@@ -47,3 +56,11 @@ def start_tracking(
         resumed_step=resumed_step,
     )
     return open_tracker(settings, main_process=main_process, enabled=config.tracking.enabled)
+
+
+def send_late(folder: Path) -> None:
+    """Send what a finished run could not, if the server answers now; else it stays where it is, with a warning."""
+    try:
+        send_pending(folder)
+    except Exception as error:  # whatever MLflow or the network raises: the run itself is finished
+        print(f"warning: MLflow does not answer yet, {folder / PENDING} is kept ({type(error).__name__})")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dctc.config import load_config
-from dctc.engine.build import Run, locate, make_folder, prepare
+from dctc.engine.build import Run, locate, make_folder, prepare, resolve
 from dctc.engine.parallel import Parallel
 from dctc.engine.preempt import StopRequest
 from dctc.engine.trainer import Tracker, Trainer
@@ -54,7 +54,7 @@ def written(dataset: Dataset, folder: Path) -> Path:
 
 
 def trainer(dataset: Dataset, folder: Path, *overrides: str) -> Trainer:
-    config = load_config(written(dataset, folder), overrides)
+    config = resolve(load_config(written(dataset, folder), overrides))
     run = located(dataset, folder, *overrides)
     nobody = cast(Tracker, SimpleNamespace())
     return prepare(config, dataset, Parallel(), run, cast(StopRequest, SimpleNamespace(received=None)))(nobody)

@@ -7,7 +7,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 # Sizes of the demo.
 DEMO_SCENES ?= 12
 DEMO_SIZE ?= 512
-DEMO_ROUNDS ?= 150
+DEMO_ROUNDS ?= 400
 DEMO_SHARE ?= 1/8
 # More settings of the demo's recipe and runs, as key=value.
 DEMO_SHARD_KEYS ?=
@@ -74,7 +74,7 @@ SCENES := scenes/demo
 DATASET := datasets/demo
 RUNS := runs/demo
 MAPS := maps/demo
-TRAIN = $(BIN)/accelerate launch --config_file launch/single.yaml dctc/train.py
+TRAIN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/accelerate launch --config_file launch/single.yaml dctc/train.py
 TRAIN_KEYS = data.dataset=$(DATASET) data.labelled_share=$(DEMO_SHARE) schedule.rounds=$(DEMO_ROUNDS) run.experiment=demo $(DEMO_KEYS)
 
 # The picture of the first scene of the test split, as the dataset's plan has it.
@@ -100,6 +100,8 @@ demo: $(VENV)/installed ## synthetic scenes -> shards -> training -> scores -> a
 	@$(BIN)/dctc predict $(RUNS)/dctc/model.safetensors "$(SCENES)/$$($(BIN)/python -c "$$TEST_SCENE")" --out $(MAPS)
 	@echo
 	@$(BIN)/dctc compare demo
+	@echo "s1: the network to judge a method by (dctc's first student; the supervised baseline's only one)"
+	@echo "mean: both students of dctc; teacher: its teacher. Labels used: $(DEMO_SHARE) of the training tiles'."
 	@echo
 	@echo "map:       $$(ls $(MAPS)/*.tif | tail -n 1)"
 	@echo "pictures:  $(RUNS)/dctc/pictures, $(RUNS)/unet/pictures"

@@ -1,0 +1,48 @@
+"""Faults while training: a loss that is not finite, file descriptors, a tracker that is not asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dctc.data.loaders import Normaliser, evaluation_batches
+from dctc.data.order import Layout
+from dctc.engine.checkpoint import complete
+from dctc.train import command
+from shards.index import Index
+from shards.manifest import Dataset
+from tests.tiny import write_config
+
+
+def test_a_loss_that_is_not_finite_leaves_no_checkpoint_to_go_on_from(tmp_path: Path, tiny_dataset: Path) -> None:
+    """Checkpoints come before the first log here: the check must not wait for the log."""
+    optimizer = {"name": "sgd", "lr": 1e30}
+    config = write_config(tmp_path / "wild.yaml", tiny_dataset, optimizer=optimizer, run={"log_every": 100})
+    with pytest.raises(FloatingPointError, match=r"no longer finite.*optimizer\.lr"):
+        command([str(config)])
+    folder = tmp_path / "runs" / "synthetic-scene" / "wild"
+    assert len(complete(folder / "checkpoints")) < 6
+    assert not (folder / "model.safetensors").exists()
+
+
+def test_evaluating_again_and_again_opens_no_more_files(tiny_dataset: Path) -> None:
+    dataset = Dataset.open(tiny_dataset)
+    rows = Index.open(dataset).rows("train")
+
+    def opened_after_one_pass() -> int:
+        import torch
+
+        normaliser = Normaliser.of(dataset.manifest, torch.device("cpu"))
+        assert sum(1 for _ in evaluation_batches(dataset, rows, 4, Layout(), normaliser)) > 1
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    first = opened_after_one_pass()
+    assert [opened_after_one_pass() for _ in range(5)] == [first] * 5
+
+
+def test_without_tracking_nothing_of_mlflow_is_left(tmp_path: Path, tiny_dataset: Path) -> None:
+    config = write_config(tmp_path / "quiet.yaml", tiny_dataset, schedule={"rounds": 1})
+    assert command([str(config)]) == 0
+    assert not list(tmp_path.rglob("mlflow*"))
+    assert (tmp_path / "runs" / "synthetic-scene" / "quiet" / "metrics.jsonl").exists()

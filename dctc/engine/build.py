@@ -140,12 +140,6 @@ def prepare(
     if run.source is not None:
         checkpoints.load(run.source, method.parts, updater.optimizers)
 
-    def stream(number: int, rows: Indices, batch: int) -> TrainingStream:
-        return TrainingStream(
-            dataset, number, rows, batch, config.run.seed, layout, config.data.augment, config.data.workers,
-            labels=number == LABELLED,
-        )  # fmt: skip
-
     unlabelled_rows = index.unlabelled_rows(config.data.labelled_share)
     watch = Watch(
         method=method,
@@ -167,10 +161,8 @@ def prepare(
         updater=updater,
         precision=precision,
         parallel=parallel,
-        labelled=stream(LABELLED, labelled_rows, config.data.batch_labelled),
-        unlabelled=stream(UNLABELLED, unlabelled_rows, config.data.batch_unlabelled)
-        if method.uses_unlabelled
-        else None,
+        labelled=_stream(config, dataset, layout, LABELLED, labelled_rows),
+        unlabelled=_stream(config, dataset, layout, UNLABELLED, unlabelled_rows) if method.uses_unlabelled else None,
         schedule=schedule,
         every=_intervals(config, schedule),
         checkpoints=checkpoints,
@@ -215,6 +207,21 @@ def _network_spec(config: Config, dataset: Dataset, parallel: Parallel | None = 
         raise InputError("network.norm is sync, which needs GPUs: use batch or group on CPU")
     manifest = dataset.manifest
     return NetworkSpec(len(manifest.bands), len(manifest.classes), config.network.name, config.network.width, norm)
+
+
+def _stream(config: Config, dataset: Dataset, layout: Layout, number: int, rows: Indices) -> TrainingStream:
+    labelled = number == LABELLED
+    return TrainingStream(
+        dataset=dataset,
+        number=number,
+        rows=rows,
+        batch=config.data.batch_labelled if labelled else config.data.batch_unlabelled,
+        seed=config.run.seed,
+        layout=layout,
+        augment=config.data.augment,
+        workers=config.data.workers,
+        labels=labelled,
+    )
 
 
 def _optimizer_spec(config: Config) -> OptimizerSpec:

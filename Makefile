@@ -7,7 +7,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 # Sizes of the demo.
 DEMO_SCENES ?= 12
 DEMO_SIZE ?= 512
-DEMO_ROUNDS ?= 400
+DEMO_ROUNDS ?= 300
 DEMO_SHARE ?= 1/8
 # More settings of the demo's recipe and runs, as key=value.
 DEMO_SHARD_KEYS ?=
@@ -74,7 +74,7 @@ SCENES := scenes/demo
 DATASET := datasets/demo
 RUNS := runs/demo
 MAPS := maps/demo
-TRAIN = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/accelerate launch --config_file launch/single.yaml dctc/train.py
+TRAIN = $(BIN)/accelerate launch --config_file launch/single.yaml dctc/train.py
 TRAIN_KEYS = data.dataset=$(DATASET) data.labelled_share=$(DEMO_SHARE) schedule.rounds=$(DEMO_ROUNDS) run.experiment=demo $(DEMO_KEYS)
 
 # The picture of the first scene of the test split, as the dataset's plan has it.

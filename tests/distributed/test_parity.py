@@ -21,7 +21,12 @@ def train(folder: Path, dataset: Path, processes: int, name: str, *overrides: st
     return folder / "runs" / "synthetic-scene" / name
 
 
-def assert_equal_runs(one: Path, two: Path, tolerance: float) -> None:
+def assert_equal_runs(one: Path, two: Path, tolerance: float, elementwise: bool = True) -> None:
+    """Losses of every round and the weights of every part, as vectors and, but for Adam, in every element.
+
+    Adam steps a whole learning rate (1e-3) where a gradient is rounding noise around zero, so single elements may
+    differ by more than the part as a whole.
+    """
     first, second = losses(one), losses(two)
     assert len(first) == len(second) == 6
     for a, b in zip(first, second, strict=True):
@@ -36,7 +41,8 @@ def assert_equal_runs(one: Path, two: Path, tolerance: float) -> None:
             for w in (weights, others)
         )
         assert (first_part - second_part).norm() <= tolerance * first_part.norm(), part
-        assert (first_part - second_part).abs().max() <= tolerance * first_part.abs().max(), part
+        if elementwise:
+            assert (first_part - second_part).abs().max() <= tolerance * first_part.abs().max(), part
 
 
 @pytest.mark.parametrize("optimizer", [ADAM, SGD], ids=["adam", "sgd"])
@@ -44,7 +50,7 @@ def test_two_processes_equal_one(tmp_path: Path, tiny_dataset: Path, optimizer: 
     # SGD must be here: Adam hides a wrong scale of the gradient.
     one = train(tmp_path, tiny_dataset, 1, "one", optimizer=optimizer)
     two = train(tmp_path, tiny_dataset, 2, "two", optimizer=optimizer)
-    assert_equal_runs(one, two, 1e-5)
+    assert_equal_runs(one, two, 1e-5, elementwise=optimizer is SGD)
 
 
 def test_accumulation_and_clipping_over_two_processes_equal_one(tmp_path: Path, tiny_dataset: Path) -> None:

@@ -88,6 +88,30 @@ def _encode(
         return bytes(memory.read())
 
 
+def read_image(
+    codec: str, data: bytes, mask: bytes | None, image: npt.NDArray[Any], valid: npt.NDArray[np.bool_]
+) -> None:
+    """Decode an image member into ``image`` [C,S,S] and its validity into ``valid`` [S,S], in place.
+
+    ``codec`` is ``Manifest.codec["image"]``; ``mask`` the bytes of the tile's mask member, None when it has none.
+
+    Raises:
+        InputError: when the bytes are not of that codec, shape or dtype.
+    """
+    array, inside = decode_image(data)
+    image[...] = array
+    valid[...] = True if inside is None else inside
+
+
+def read_label(codec: str, data: bytes, label: npt.NDArray[np.uint8]) -> None:
+    """Decode a label member into ``label`` uint8 [S,S], in place.
+
+    Raises:
+        InputError: when the bytes are not of that codec or shape.
+    """
+    label[...] = decode_label(data)
+
+
 def decode_image(data: bytes) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
     """Image [C,H,W] and its validity [H,W], which is None for a wholly valid tile.
 

@@ -29,8 +29,11 @@ COLUMNS: dict[str, str] = {
     "label_size": "<u4",
     "meta_offset": "<u8",
     "meta_size": "<u4",
+    "mask_offset": "<u8",
+    "mask_size": "<u4",
     "image_crc32": "<u4",
     "label_crc32": "<u4",
+    "mask_crc32": "<u4",
     "scene": "<u4",
     "split": "|u1",
     "classes": "<u8",
@@ -53,8 +56,11 @@ class Index:
     label_size: Column  # 0 = the tile has no label
     meta_offset: Column
     meta_size: Column
+    mask_offset: Column
+    mask_size: Column  # 0 = the tile has no mask member: it is wholly valid, or its image member holds the mask
     image_crc32: Column
     label_crc32: Column
+    mask_crc32: Column
     scene: Column  # position in Manifest.scenes
     split: Column  # position in manifest.SPLITS
     classes: Column  # bit k set: class k has a pixel

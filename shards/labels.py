@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shards.recipe import ClassColor, Palette
+from shards.sections import ClassColor, Palette
 
 # Codes of pixels without a class while a scene is read; in a tile they all become manifest.IGNORE.
 IGNORE_COLOR, UNMATCHED, NODATA = 255, 254, 253

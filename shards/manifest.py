@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shards.errors import InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 IGNORE = 255
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")  # position = code in the index column `split`

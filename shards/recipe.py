@@ -4,201 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from shards.errors import InputError
-from shards.manifest import parse_share
 from shards.schema import apply_override, describe, read_yaml
+from shards.sections import (
+    Bands,
+    ClassColor,
+    Codec,
+    Image,
+    LabelledShares,
+    Nodata,
+    Palette,
+    Section,
+    ShardSize,
+    Splits,
+    Tile,
+)
 
 MAX_CLASSES = 64  # one bit a class in the index column `classes`
 
-Channel = Annotated[int, Field(ge=0, le=255)]
-Color = tuple[Channel, Channel, Channel]
-Share = Annotated[float, Field(ge=0, lt=1)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _regex(text: str) -> str:
-    try:
-        pattern = re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{text!r} is not a regular expression ({error})") from None
-    if not pattern.groupindex:
-        raise ValueError(
-            f"{text!r} has no named group such as (?P<scene>...): the groups name the scene and pair its files"
-        )
-    return text
-
-
-Pattern = Annotated[str, AfterValidator(_regex)]
-
-
-class Image(_Section):
-    """Where the images are: regular expressions that match a file's whole path relative to the root."""
-
-    pattern: list[Pattern] = Field(min_length=1)
-
-    _listed = field_validator("pattern", mode="before")(_as_list)
-
-
-class Palette(_Section):
-    """Colour masks. Distances between colours are the largest difference of a channel (0..255)."""
-
-    pattern: list[Pattern] = Field(min_length=1)
-    kind: Literal["palette"] = "palette"
-    tolerance: Channel = 0
-    threshold: Channel | None = None  # channels above it count as 255, the others as 0, before the palette is looked up
-    ignore_colors: list[Color] = []
-    max_unmatched_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # of a scene's label pixels
-    check_grid: bool = True  # refuse a label whose georeference disagrees with its image's
-
-    _listed = field_validator("pattern", mode="before")(_as_list)
-
-
-class Bands(_Section):
-    """Bands to keep, counted from 1, and their names."""
-
-    names: list[str] = Field(min_length=1)
-    keep: list[Annotated[int, Field(ge=1)]] = []
-
-    @model_validator(mode="after")
-    def _paired(self) -> Bands:
-        if self.keep and len(self.keep) != len(self.names):
-            raise ValueError(
-                f"keep has {len(self.keep)} bands and names has {len(self.names)}: give one name a kept band"
-            )
-        if len(set(self.names)) != len(self.names):
-            raise ValueError("two bands have the same name")
-        return self
-
-    @property
-    def indexes(self) -> list[int]:
-        """1-based band numbers in the order in which they are packed."""
-        return list(self.keep) or list(range(1, len(self.names) + 1))
-
-
-class ClassColor(_Section):
-    """A class; its place in the list is its id."""
-
-    name: str = Field(min_length=1)
-    color: Color
-
-
-class Nodata(_Section):
-    """Which image pixels carry no data. Pixels that are not finite never do."""
-
-    use_tag: bool = True  # the file's own nodata value, mask band or alpha channel
-    value: float | None = None
-    match: Literal["all", "any"] = "all"  # a pixel is nodata when all (any) of the kept bands hold the nodata value
-    alpha: Annotated[int, Field(ge=1)] | None = None  # number of a band that is 0 where there is no data
-
-
-class Tile(_Section):
-    """The windows over a scene, in pixels."""
-
-    size: Annotated[int, Field(ge=8, le=8192)] = 512
-    stride: Annotated[int, Field(ge=1)] | None = None  # None: size, tiles do not overlap
-    edge: Literal["pad", "shift", "drop"] = "pad"
-    min_valid_share: Annotated[float, Field(ge=0, le=1)] = 0.0  # tiles without any valid pixel are always dropped
-
-    @model_validator(mode="after")
-    def _covers(self) -> Tile:
-        if self.stride is not None and self.stride > self.size:
-            raise ValueError(
-                f"stride {self.stride} is larger than size {self.size}: pixels between tiles would be lost"
-            )
-        return self
-
-    @property
-    def step(self) -> int:
-        """Pixels from one window to the next."""
-        return self.stride or self.size
-
-
-class Shares(_Section):
-    """Parts that are drawn at random for testing and validation."""
-
-    test_share: Share = 0.1
-    val_share: Share = 0.0
-
-    @model_validator(mode="after")
-    def _leaves_training(self) -> Self:
-        if self.test_share + self.val_share >= 1:
-            raise ValueError("test_share and val_share leave nothing to train on: their sum must be below 1")
-        return self
-
-
-class SceneLists(Shares):
-    """Glob patterns of scene ids, looked up in the order test, val, train; without any the shares of scenes count."""
-
-    test: list[str] = []
-    val: list[str] = []
-    train: list[str] = []
-    test_share: Share = 0.2
-
-    @property
-    def listed(self) -> bool:
-        """Whether scenes are assigned by lists rather than by shares."""
-        return bool(self.test or self.val or self.train)
-
-
-class Splits(_Section):
-    """Which tiles train, validate and test: ``paper`` draws tiles, ``scene`` keeps scenes whole."""
-
-    protocol: Literal["paper", "scene"]
-    paper: Shares = Shares()
-    scene: SceneLists = SceneLists()
-    seed: int = Field(default=0, ge=0)
-
-
-class LabelledShares(_Section):
-    """The nested labelled subsets that the manifest records; training may ask for any other share too."""
-
-    shares: list[str] = ["1/8", "1/4", "1/2", "1", *(f"{p}%" for p in range(10, 101, 10))]
-    seed: int = Field(default=0, ge=0)
-
-    @field_validator("shares", mode="before")
-    @classmethod
-    def _texts(cls, value: Any) -> Any:
-        return [str(share) for share in value] if isinstance(value, list) else value
-
-    @field_validator("shares")
-    @classmethod
-    def _parse(cls, value: list[str]) -> list[str]:
-        for share in value:
-            try:
-                parse_share(share)
-            except InputError as error:
-                raise ValueError(str(error)) from None
-        return value
-
-
-class ShardSize(_Section):
-    """Target size of a shard in MiB; shards of a split hold equal counts of tiles, give or take one."""
-
-    megabytes: Annotated[float, Field(gt=0, le=512)] = 256
-
-
-class Codec(_Section):
-    """How a tile becomes bytes."""
-
-    image: Literal["geotiff"] = "geotiff"
-    label: Literal["geotiff"] = "geotiff"
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe. ``label: null`` makes a dataset of unlabelled imagery only."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]

@@ -12,8 +12,8 @@ from rasterio.io import DatasetReader
 from rasterio.windows import Window as RasterWindow
 
 from shards.labels import PaletteDecoder
-from shards.recipe import Nodata
 from shards.scenes import has_palette, naming
+from shards.sections import Nodata
 
 Array = npt.NDArray[Any]
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from shards.errors import InputError
 from shards.manifest import SPLITS
-from shards.recipe import SceneLists, Shares, Splits
+from shards.sections import SceneLists, Shares, Splits
 
 TRAIN, VAL, TEST = (SPLITS.index(name) for name in ("train", "val", "test"))
 UNRANKED = 0xFFFFFFFF

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from shards.codec import decode_image, decode_label
+from shards.codec import read_image, read_label
 from shards.errors import InputError
 from shards.index import Index
 from shards.manifest import IGNORE, Dataset
@@ -73,10 +73,10 @@ class TileDataset(TorchDataset[RawBatch]):
         for slot, (_, row) in enumerate(items):
             if row < 0:
                 continue
-            images[slot], mask = decode_image(self._read(row, "image"))
-            valid[slot] = True if mask is None else mask
+            mask = self._read(row, "mask") if self.index.mask_size[row] else None
+            read_image(manifest.codec["image"], self._read(row, "image"), mask, images[slot], valid[slot])
             if self.labels and self.index.label_size[row]:
-                labels[slot] = decode_label(self._read(row, "label"))
+                read_label(manifest.codec["label"], self._read(row, "label"), labels[slot])
         positions, rows = np.array(items, np.int64).reshape(-1, 2).T.copy()
         return RawBatch(
             images=torch.from_numpy(images),

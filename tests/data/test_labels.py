@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.labels import IGNORE_COLOR, UNMATCHED, PaletteDecoder
-from shards.recipe import ClassColor, Palette
+from shards.sections import ClassColor, Palette
 from tests.data.layouts import ISPRS, colored, random_ids
 
 CLASSES = [

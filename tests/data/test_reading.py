@@ -84,7 +84,7 @@ def test_rows_are_sorted_by_key(packed: Packed) -> None:
 def test_the_index_is_memory_mapped_and_compact(packed: Packed) -> None:
     index = Index.open(packed)
     assert isinstance(index.image_offset, np.memmap)
-    assert sum(np.dtype(dtype).itemsize for dtype in COLUMNS.values()) <= 80
+    assert sum(np.dtype(dtype).itemsize for dtype in COLUMNS.values()) <= 96
 
 
 def test_a_rebuilt_index_equals_the_written_one(packed: Packed, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shards.errors import InputError
 from shards.manifest import parse_share, share_count
-from shards.recipe import SceneLists, Shares, Splits
+from shards.sections import SceneLists, Shares, Splits
 from shards.splits import TEST, TRAIN, UNRANKED, VAL, draw, key_hashes, nested_order, permutation, ranks, scene_splits
 
 

@@ -22,11 +22,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rasterio.io import DatasetReader
 from rasterio.transform import Affine
 
-from shards.codec import encode_image, encode_label
+from shards.codec import encode_image, encode_label, encode_mask, encoder_versions, holds_mask
 from shards.errors import InputError
 from shards.files import atomic_file, write_atomic
 from shards.labels import FIRST_REASON, NODATA, REASONS, PaletteDecoder
 from shards.manifest import IGNORE
+from shards.progress import Work
 from shards.recipe import Recipe
 from shards.rows import Rows, block_height, image_loader, label_loader
 from shards.scenes import Scene, input_files, open_raster, place_of
@@ -56,8 +57,15 @@ class StagedTile(_Record):
     pixels: list[int]
     ignored: dict[str, int]
     image: Blob
+    mask: Blob | None = None  # only where the image's codec holds no mask and the tile is not wholly valid
     label: Blob | None
     meta: Blob
+
+    @property
+    def members(self) -> list[tuple[str, Blob]]:
+        """What there is, by name, in the order in which it stands in a shard."""
+        blobs = {"image": self.image, "mask": self.mask, "label": self.label, "meta": self.meta}
+        return [(name, blob) for name, blob in blobs.items() if blob is not None]
 
 
 class Source(_Record):
@@ -108,7 +116,7 @@ class StageTask:
     @property
     def digest(self) -> str:
         """Names everything but the inputs that decides the bytes of the tiles, the encoder included."""
-        parts = [self.recipe.tile_digest, self.scene.id, *self.scene.files, rasterio.__gdal_version__]
+        parts = [self.recipe.tile_digest, self.scene.id, *self.scene.files, *encoder_versions(self.recipe.codec.image)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -154,7 +162,7 @@ def _is_unchanged(root: Path, source: Source, verify: bool) -> bool:
 
 def _tiles_are_sound(path: Path, staged: StagedScene) -> bool:
     with path.open("rb") as file:
-        blobs = (blob for tile in staged.tiles for blob in (tile.image, tile.label, tile.meta) if blob)
+        blobs = (blob for tile in staged.tiles for _, blob in tile.members)
         return all(zlib.crc32(read_blob(file, blob)) == blob.crc32 for blob in blobs)
 
 
@@ -164,8 +172,8 @@ def read_blob(file: IO[bytes], blob: Blob) -> bytes:
     return file.read(blob.size)
 
 
-def stage_scene(task: StageTask) -> str:
-    """Stage one scene; its id.
+def stage_scene(task: StageTask) -> Work:
+    """Stage one scene.
 
     Raises:
         InputError: when a file cannot be read to its end or too many label pixels have unknown colours.
@@ -196,7 +204,7 @@ def stage_scene(task: StageTask) -> str:
             tiles=tiles,
         )
     write_atomic(task.sidecar, record.model_dump_json().encode())
-    return task.scene.id
+    return Work(len(tiles), record.size)
 
 
 @dataclass(frozen=True)
@@ -269,17 +277,21 @@ def _staged_tiles(reader: _SceneReader, target: IO[bytes]) -> Iterator[StagedTil
         target.write(data)
         return Blob(offset=offset, size=len(data), crc32=zlib.crc32(data))
 
-    classes = len(reader.task.recipe.classes)
+    classes, codec = len(reader.task.recipe.classes), reader.task.recipe.codec
     for tile in reader.tiles():
         counts = np.zeros(256, dtype=np.int64) if tile.codes is None else np.bincount(tile.codes.ravel(), minlength=256)
         pixels = counts[:classes].tolist()
         share = _share(tile.valid)
         transform = _moved(reader.image.transform, tile.window)
-        image = put(encode_image(tile.image, tile.valid, reader.crs_wkt, transform))
+        image = put(
+            encode_image(tile.image, tile.valid, reader.crs_wkt, transform, codec=codec.image, quality=codec.quality)
+        )
+        apart = not holds_mask(codec.image) and not tile.valid.all()
+        mask = put(encode_mask(tile.valid)) if apart else None
         label = None
         if tile.codes is not None:
             ids = np.where(tile.codes >= FIRST_REASON, np.uint8(IGNORE), tile.codes)
-            label = put(encode_label(ids, reader.crs_wkt, transform))
+            label = put(encode_label(ids, reader.crs_wkt, transform, codec=codec.label))
         present = [k for k, count in enumerate(pixels) if count]
         yield StagedTile(
             key=tile_key(reader.task.scene.id, tile.window),
@@ -288,6 +300,7 @@ def _staged_tiles(reader: _SceneReader, target: IO[bytes]) -> Iterator[StagedTil
             pixels=pixels,
             ignored={reason: int(counts[code]) for reason, code in REASONS.items()},
             image=image,
+            mask=mask,
             label=label,
             meta=put(_meta(reader, tile.window, transform, share, present)),
         )

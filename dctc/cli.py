@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -381,6 +382,9 @@ def _show_evaluation(record: dict[str, Any], headline: str) -> None:
 
 def main() -> None:
     """The entry point: bad input is one message and exit code 2, anything unforeseen a traceback and 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a locale without a table's lines is no reason to fail
     try:
         app()
     except InputError as error:

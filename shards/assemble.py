@@ -133,7 +133,11 @@ def _copy(task: AssembleTask, writer: TarWriter, statistics: Statistics | None) 
                 data[name] = _checked(task, staged, tile.key, blob)
                 places[f"{name}_offset"] = writer.add(f"{tile.key}.{names[name]}", data[name])
                 places[f"{name}_size"] = blob.size
-        if statistics is not None:
+            if statistics is not None and tile.histogram is not None:
+                data["histogram"] = _checked(task, staged, tile.key, tile.histogram)
+        if statistics is not None and "histogram" in data:
+            statistics.add_counts(np.frombuffer(data["histogram"], np.int32).reshape(task.bands, -1))
+        elif statistics is not None:
             read_image(task.codec.image, data["image"], data.get("mask"), pixels, valid)
             statistics.add(pixels.reshape(len(pixels), -1) if valid.all() else pixels[:, valid])
         yield Placed(row=row, **places)

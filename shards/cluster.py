@@ -92,7 +92,7 @@ class Cluster:
         futures = self.client.map(_Wrapped(function, self.surroundings), items, pure=False)
         place = {future.key: item for future, item in zip(futures, items, strict=True)}
         try:
-            for future in _distributed().as_completed(futures):
+            for future in _distributed().as_completed(futures, loop=self.client.loop):
                 with _cluster_errors(self.address):
                     result = future.result()
                 done(place[future.key], result)

@@ -151,9 +151,9 @@ def _room_in(out: Path) -> Iterator[None]:
         if error.errno not in _NO_ROOM:
             raise
         raise InputError(
-            f"{out}: no room is left on its disk ({error.strerror}, {_mebibytes(shutil.disk_usage(out).free)} free). "
-            "Packing needs twice the size of the dataset, for staged tiles and for shards. What is finished is kept: "
-            "make room and run the same command again"
+            f"{out}: no more can be written ({error.strerror}, {_mebibytes(shutil.disk_usage(out).free)} free on its "
+            "disk). Packing needs twice the size of the dataset, for staged tiles and for shards. What is finished is "
+            "kept: make room and run the same command again"
         ) from None
 
 

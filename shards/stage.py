@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rasterio.io import DatasetReader
 from rasterio.transform import Affine
 
-from shards.codec import encode_image, encode_label, encode_mask, encoder_versions, holds_mask
+from shards.bandstats import histogram
+from shards.codec import LOSSY, encode_image, encode_label, encode_mask, encoder_versions, holds_mask
 from shards.errors import InputError
 from shards.files import atomic_file, write_atomic
 from shards.labels import FIRST_REASON, NODATA, REASONS, PaletteDecoder
@@ -56,6 +57,7 @@ class StagedTile(_Record):
     classes: int
     pixels: list[int]
     ignored: dict[str, int]
+    histogram: Blob | None = None  # uint8 that is stored as it is: int32 [C,256] of the valid pixels
     image: Blob
     mask: Blob | None = None  # only where the image's codec holds no mask and the tile is not wholly valid
     label: Blob | None
@@ -279,18 +281,20 @@ def _staged_tiles(reader: _SceneReader, target: IO[bytes]) -> Iterator[StagedTil
 
     classes, codec = len(reader.task.recipe.classes), reader.task.recipe.codec
     for tile in reader.tiles():
-        counts = np.zeros(256, dtype=np.int64) if tile.codes is None else np.bincount(tile.codes.ravel(), minlength=256)
+        counted = tile.image.dtype == np.uint8 and codec.image not in LOSSY
+        counts = np.zeros(256, dtype=np.int64) if tile.codes is None else histogram(tile.codes.ravel())
         pixels = counts[:classes].tolist()
         share = _share(tile.valid)
         transform = _moved(reader.image.transform, tile.window)
         image = put(
             encode_image(tile.image, tile.valid, reader.crs_wkt, transform, codec=codec.image, quality=codec.quality)
         )
-        apart = not holds_mask(codec.image) and not tile.valid.all()
-        mask = put(encode_mask(tile.valid)) if apart else None
+        mask = put(encode_mask(tile.valid)) if share < 1 and not holds_mask(codec.image) else None
         label = None
         if tile.codes is not None:
-            ids = np.where(tile.codes >= FIRST_REASON, np.uint8(IGNORE), tile.codes)
+            ids = tile.codes
+            if counts[FIRST_REASON:].any():
+                ids = np.where(ids >= FIRST_REASON, np.uint8(IGNORE), ids)
             label = put(encode_label(ids, reader.crs_wkt, transform, codec=codec.label))
         present = [k for k, count in enumerate(pixels) if count]
         yield StagedTile(
@@ -299,6 +303,7 @@ def _staged_tiles(reader: _SceneReader, target: IO[bytes]) -> Iterator[StagedTil
             classes=sum(1 << k for k in present),
             pixels=pixels,
             ignored={reason: int(counts[code]) for reason, code in REASONS.items()},
+            histogram=put(_histograms(tile, share)) if counted else None,
             image=image,
             mask=mask,
             label=label,
@@ -318,8 +323,15 @@ def tile_key(scene: str, window: Window) -> str:
 
 def _share(valid: npt.NDArray[np.bool_]) -> float:
     """Share of valid pixels, rounded to the float32 of the index but below 1 unless all are valid."""
-    share = np.float32(valid.mean(dtype=np.float64))
-    return float(share if valid.all() else min(share, np.nextafter(np.float32(1), np.float32(0))))
+    count = np.count_nonzero(valid)
+    share = np.float32(count / valid.size)
+    return float(share if count == valid.size else min(share, np.nextafter(np.float32(1), np.float32(0))))
+
+
+def _histograms(tile: _Tile, share: float) -> bytes:
+    """Counted while the pixels are at hand, since which tiles train is known only when all are."""
+    bands = tile.image.reshape(len(tile.image), -1) if share == 1 else tile.image[:, tile.valid]
+    return np.stack([histogram(band) for band in bands]).astype(np.int32).tobytes()
 
 
 def _meta(reader: _SceneReader, window: Window, transform: Affine, share: float, present: list[int]) -> bytes:

@@ -69,8 +69,8 @@ class Local:
                 pool.shutdown(wait=True, cancel_futures=True)
                 if isinstance(error, BrokenProcessPool):
                     raise InputError(
-                        "a worker process was killed, perhaps for its memory; run the same command again to go on, "
-                        f"with fewer workers than {self.workers}"
+                        "a worker process ended in the middle, perhaps killed for its memory; run the same command "
+                        f"again to go on, with fewer workers than {self.workers}"
                     ) from None
                 raise
 

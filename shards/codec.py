@@ -54,6 +54,7 @@ _IMAGE_OPTIONS: dict[str, dict[str, Any]] = {
     "int16": {"interleave": "band"},
     "float32": {"interleave": "band", "predictor": 3},
 }
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _GDAL_DRIVERS = {"geotiff": "GTiff", "png": "PNG"}
 
 
@@ -318,8 +319,11 @@ def _like_stored(codec: str, data: bytes) -> npt.NDArray[Any]:
 def _opened(codec: str, data: bytes) -> Iterator[DatasetReader]:
     # Where the tile lies is not looked at: to make sense of a CRS takes as long as to decode the pixels.
     options = {"georef_sources": "NONE"} if codec == "geotiff" else {}
-    with _decoding(data), MemoryFile(data) as memory, memory.open(driver=_GDAL_DRIVERS[codec], **options) as source:
-        yield source
+    with _decoding(data):
+        if not data or (codec == "png" and not data.endswith(_PNG_END)):  # GDAL fills up a PNG that is cut short
+            raise ValueError("cut short")
+        with MemoryFile(data) as memory, memory.open(driver=_GDAL_DRIVERS[codec], **options) as source:
+            yield source
 
 
 @contextmanager

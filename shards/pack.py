@@ -27,10 +27,10 @@ from shards.plan import Plan, dump_plan, make_plan
 from shards.progress import Meter, Report, Work
 from shards.recipe import Recipe
 from shards.report import PLAN, PackReport, read_plan, read_report
-from shards.scenes import Scene, check_scenes, find_scenes, input_files
+from shards.scenes import Dtype, Scene, check_scenes, find_scenes, input_files
 from shards.stage import StagedScene, StageTask, is_staged, read_staged, source_of, stage_scene
 from shards.tar import archive_bytes
-from shards.tasks import Engine, Local
+from shards.tasks import Engine, local_engine
 from shards.verify import verify as find_damage
 
 STAGING = ".staging"
@@ -83,42 +83,39 @@ def pack(
         return _finished(recipe, root, out, scenes, verify)
     staging = out / STAGING
     _make_folders(out, staging)
-    report = progress or (lambda state: None)
     with _room_in(out), _only_writer(staging):
         for folder in (out, staging, out / "shards", out / "index"):
             remove_temporaries(folder)
         if not resume:
             _clear(out)
-        with _engine(
-            workers, dask, staging, [root / file for scene in scenes[:: len(scenes)] for file in scene.files]
-        ) as engine:
+        seen = [root / file for file in scenes[0].files]
+        with local_engine(workers) if dask is None else cluster_engine(dask, staging, seen) as engine:
             stage = [StageTask(recipe, root, staging, scene) for scene in scenes]
-            unstaged = [task for task in stage if not is_staged(task, verify)]
-            _run(engine, "stage", stage_scene, unstaged, len(stage), _source_bytes, report)
-            plan = make_plan(recipe, dtype, [_staged(task) for task in stage])
-            plan_bytes = dump_plan(plan)
-            write_atomic(out / PLAN, plan_bytes)
-            shards = _assemble_tasks(plan, out, staging, hashlib.sha256(plan_bytes).hexdigest())
-            missing = [task for task in shards if not is_assembled(task, verify)]
-            _check_room(out, missing)
-            _run(engine, "assemble", assemble_shard, missing, len(shards), _tiles, report)
+            plan, shards = _write(engine, dtype, stage, out, verify, progress or (lambda state: None))
         commit(plan, shards, out)
     shutil.rmtree(staging)
     return _packed(out)
 
 
+def _write(
+    engine: Engine, dtype: Dtype, stage: Sequence[StageTask], out: Path, verify: bool, report: Report
+) -> tuple[Plan, list[AssembleTask]]:
+    """Stage what is not staged, plan, and write the shards that are not written."""
+    unstaged = [task for task in stage if not is_staged(task, verify)]
+    _run(engine, "stage", stage_scene, unstaged, len(stage), _source_bytes, report)
+    plan = make_plan(stage[0].recipe, dtype, [_staged(task) for task in stage])
+    plan_bytes = dump_plan(plan)
+    write_atomic(out / PLAN, plan_bytes)
+    shards = _assemble_tasks(plan, out, stage[0].staging, hashlib.sha256(plan_bytes).hexdigest())
+    unwritten = [task for task in shards if not is_assembled(task, verify)]
+    _check_room(out, unwritten)
+    _run(engine, "assemble", assemble_shard, unwritten, len(shards), _tiles, report)
+    return plan, shards
+
+
 def _packed(out: Path) -> Packed:
     dataset = Dataset.open(out)
     return Packed(dataset.root, dataset.manifest, dataset.digest, read_report(dataset))
-
-
-@contextmanager
-def _engine(workers: int, dask: str | None, staging: Path, files: Sequence[Path]) -> Iterator[Engine]:
-    if dask is None:
-        yield Local(workers)
-    else:
-        with cluster_engine(dask, staging, files) as engine:
-            yield engine
 
 
 def _run(

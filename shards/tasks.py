@@ -41,38 +41,61 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True)
-class Local:
-    """This process, or with more than one worker processes of this machine."""
+class Here:
+    """This process."""
 
+    def run(
+        self, function: Callable[[Item], Result], items: Sequence[Item], done: Callable[[Item, Result], None]
+    ) -> None:
+        """As :class:`Engine` says."""
+        for item in items:
+            done(item, function(item))
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Processes of this machine, which start with the first task and serve all further ones."""
+
+    pool: ProcessPoolExecutor
     workers: int
 
     def run(
         self, function: Callable[[Item], Result], items: Sequence[Item], done: Callable[[Item, Result], None]
     ) -> None:
-        """As :class:`Engine` says. KeyboardInterrupt stops running calls too, so that they leave nothing behind."""
-        if self.workers <= 1 or len(items) <= 1:
-            for item in items:
-                done(item, function(item))
-            return
-        # Never fork: GDAL's threads and locks do not survive it.
-        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-        others = set(multiprocessing.active_children())
-        with ProcessPoolExecutor(min(self.workers, len(items)), mp_context=context, initializer=_prepare) as pool:
-            try:
-                futures = {pool.submit(_call, function, item): item for item in items}
-                for future in as_completed(futures):
-                    done(futures[future], future.result())
-            except BaseException as error:
-                if not isinstance(error, Exception):
-                    for worker in set(multiprocessing.active_children()) - others:
-                        worker.terminate()
-                pool.shutdown(wait=True, cancel_futures=True)
-                if isinstance(error, BrokenProcessPool):
-                    raise InputError(
-                        "a worker process ended in the middle, perhaps killed for its memory; run the same command "
-                        f"again to go on, with fewer workers than {self.workers}"
-                    ) from None
-                raise
+        """As :class:`Engine` says."""
+        try:
+            futures = {self.pool.submit(_call, function, item): item for item in items}
+            for future in as_completed(futures):
+                done(futures[future], future.result())
+        except BrokenProcessPool:
+            raise InputError(
+                "a worker process ended in the middle, perhaps killed for its memory; run the same command again to go "
+                f"on, with fewer workers than {self.workers}"
+            ) from None
+
+
+@contextmanager
+def local_engine(workers: int) -> Iterator[Engine]:
+    """This process, or with more than one worker processes of this machine.
+
+    What ends the block but is no ordinary error, such as KeyboardInterrupt, also stops the calls that are running, in
+    such a way that they leave nothing half-written behind.
+    """
+    if workers <= 1:
+        yield Here()
+        return
+    # Never fork: GDAL's threads and locks do not survive it.
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare) as pool:
+        try:
+            yield Processes(pool, workers)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 @contextmanager

@@ -84,14 +84,14 @@ def pack(
     staging = out / STAGING
     _make_folders(out, staging)
     with _room_in(out), _only_writer(staging):
-        for folder in (out, staging, out / "shards", out / "index"):
-            remove_temporaries(folder)
+        _sweep(out)
         if not resume:
             _clear(out)
         seen = [root / file for file in scenes[0].files]
         with local_engine(workers) if dask is None else cluster_engine(dask, staging, seen) as engine:
             stage = [StageTask(recipe, root, staging, scene) for scene in scenes]
             plan, shards = _write(engine, dtype, stage, out, verify, progress or (lambda state: None))
+        _sweep(out)  # of workers that a cluster has lost on the way
         commit(plan, shards, out)
     shutil.rmtree(staging)
     return _packed(out)
@@ -190,6 +190,11 @@ def _only_writer(staging: Path) -> Iterator[None]:
                 f"{staging.parent}: another `dctc shard` is at work there; wait for it or stop it"
             ) from None
         yield
+
+
+def _sweep(out: Path) -> None:
+    for folder in (out, out / STAGING, out / "shards", out / "index"):
+        remove_temporaries(folder)
 
 
 def _clear(out: Path) -> None:

@@ -189,6 +189,11 @@ def _only_writer(staging: Path) -> Iterator[None]:
             raise InputError(
                 f"{staging.parent}: another `dctc shard` is at work there; wait for it or stop it"
             ) from None
+        except OSError as error:
+            raise InputError(
+                f"{staging.parent}: its file system cannot lock files ({error.strerror}), which keeps two writers "
+                "apart; give a folder on another one"
+            ) from None
         yield
 
 

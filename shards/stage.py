@@ -7,6 +7,7 @@ says what lies where. Both are pure functions of the recipe and of the scene's f
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import zlib
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from shards.rows import Rows, block_height, image_loader, label_loader
 from shards.scenes import Scene, input_files, open_raster, place_of
 from shards.tiling import Window, windows
 
+STAGING_VERSION = "2"  # raise it when tiles are encoded or recorded otherwise: nothing staged before is then used
 CACHE_MB = 64  # of decoded source blocks, in each process
 
 
@@ -118,7 +120,8 @@ class StageTask:
     @property
     def digest(self) -> str:
         """Names everything but the inputs that decides the bytes of the tiles, the encoder included."""
-        parts = [self.recipe.tile_digest, self.scene.id, *self.scene.files, *encoder_versions(self.recipe.codec.image)]
+        encoder = [STAGING_VERSION, importlib.metadata.version("dctc"), *encoder_versions(self.recipe.codec.image)]
+        parts = [self.recipe.tile_digest, self.scene.id, *self.scene.files, *encoder]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -164,7 +167,7 @@ def _is_unchanged(root: Path, source: Source, verify: bool) -> bool:
 
 def _tiles_are_sound(path: Path, staged: StagedScene) -> bool:
     with path.open("rb") as file:
-        blobs = (blob for tile in staged.tiles for _, blob in tile.members)
+        blobs = (blob for tile in staged.tiles for blob in (*dict(tile.members).values(), tile.histogram) if blob)
         return all(zlib.crc32(read_blob(file, blob)) == blob.crc32 for blob in blobs)
 
 

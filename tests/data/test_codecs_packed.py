@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -27,6 +28,7 @@ from shards.recipe import Recipe
 from shards.tiles import read_tile
 from shards.verify import verify
 from tests.data import layouts
+from tests.data.cluster import REPOSITORY
 from tests.data.own import TWO, generic, write_png
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -261,3 +263,17 @@ def _four_bands(folder: Path, dtype: str, codec: str) -> Recipe:
     return generic(
         label=None, classes=[], bands={"names": list("rgbn")}, codec={"image": codec}, splits={"protocol": "scene"}
     )
+
+
+def test_the_examples_of_the_documentation_run(villages: Path, tmp_path: Path) -> None:
+    pack(villages_recipe("geotiff", "geotiff"), villages, tmp_path / "datasets/synthetic")
+    chapter = (REPOSITORY / "docs/data.md").read_text().partition("## Reading with other tools")[2]
+    webdataset_example, huggingface_example = re.findall(r"```python\n(.*?)```", chapter, re.DOTALL)[:2]
+    script = f"{webdataset_example}\n{huggingface_example}\nprint(sum(1 for _ in tiles))\n"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, count = done.stdout.splitlines()
+    assert "(3, 32, 32)" in first
+    assert int(count) == 3 * 9

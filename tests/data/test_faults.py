@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from shards.manifest import MANIFEST
@@ -155,6 +156,23 @@ def test_stopped_by_a_signal(
     assert without_preview(out) == district_packed
 
 
+def test_a_worker_that_is_killed(district: Path, district_packed: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    process = shard(district, out, "--workers", "2", *DISTRICT)
+    wait_until(lambda: len(list(out.glob(".staging/*.json"))) > 2, "three scenes")
+    packer = psutil.Process(process.pid)
+    # workers are children of the fork server, which is one of the packer
+    worker = next(child for child in packer.children(recursive=True) if child.parent() != packer)
+    worker.kill()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2, errors
+    assert "error: a worker process ended in the middle, perhaps killed for its memory" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    await_end(process.pid)
+    assert shard(district, out, "--workers", "2", *DISTRICT).wait() == 0
+    assert without_preview(out) == district_packed
+
+
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Callable[[int], int]]:
     """A real file system of that size; what is given changes the size. Skips where mounting is not allowed."""
@@ -204,7 +222,8 @@ def test_a_full_disk(packed: Packed, towns: Path, tmp_path: Path, workers: str) 
         assert verify(out) == []
 
 
-def test_a_limit_on_file_sizes(packed: Packed, towns: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--verify"], ["--fresh"]])
+def test_a_limit_on_file_sizes(packed: Packed, towns: Path, tmp_path: Path, options: list[str]) -> None:
     out = tmp_path / "set"
 
     def limited() -> None:
@@ -212,7 +231,7 @@ def test_a_limit_on_file_sizes(packed: Packed, towns: Path, tmp_path: Path) -> N
 
     message = refused(shard(towns, out, "--workers", "2", prepare=limited), out)
     assert f"{out}: no more can be written (File too large" in message
-    assert shard(towns, out, "--verify").wait() == 0
+    assert shard(towns, out, *options).wait() == 0
     assert without_preview(out) == digests(packed.root)
 
 

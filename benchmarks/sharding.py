@@ -269,6 +269,16 @@ def other_python(python: str, root: Path, out: Path) -> tuple[float, float]:
     return float(wall), float(cpu)
 
 
+def streaming_version(python: str | None) -> str:
+    """The version of the peer in the other environment."""
+    if python is None:
+        return "not measured, see --streaming-python"
+    ask = (
+        "import importlib.metadata as m; print(m.version('mosaicml-streaming'), 'with rasterio', m.version('rasterio'))"
+    )
+    return subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def write_big(folder: Path) -> None:
     """A scene of 20,000 x 20,000 x 4 and its colours, a row of blocks at a time."""
     folder.mkdir(parents=True)
@@ -338,8 +348,7 @@ def main() -> int:
     names = ("rasterio", "numpy", "webdataset")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     emit(f"Python {platform.python_version()}, GDAL {rasterio.__gdal_version__}, {versions}")
-    if not options.streaming_python:
-        emit("MosaicML Streaming was not measured (--streaming-python)")
+    emit(f"MosaicML Streaming: {streaming_version(options.streaming_python)}")
     with tempfile.TemporaryDirectory() as folder:
         holds = [compare(kind, Path(folder), options, emit) for kind in KINDS]
         if options.big:

@@ -7,13 +7,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
-import shards.progress
 from shards.pack import pack
 from shards.progress import Meter, State, Work, shown
 from tests.data import layouts
@@ -38,7 +38,7 @@ def test_states_add_up(towns: Path, tmp_path: Path) -> None:
 
 def test_time_left_follows_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(shards.progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     states: list[State] = []
     meter = Meter("stage", 5, 2, 400.0, states.append)
     now[0] += 30
@@ -52,7 +52,7 @@ def test_time_left_follows_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plain_lines_come_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(shards.progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     text = io.StringIO()
     with shown(Console(file=text)) as report:
         for done in range(101):

@@ -85,8 +85,9 @@ def shard(
     if workers is not None and dask is not None:
         raise InputError("--workers and --dask exclude each other: a cluster has as many workers as were started")
     plan = load_recipe(recipe, overrides or [])
+    told = Console(stderr=True)  # a bar there, or plain lines among what is printed, where that is no JSON
     try:
-        with terminable(), shown(Console(stderr=True)) as progress:
+        with terminable(), shown(told if as_json or told.is_terminal else out) as progress:
             dataset = pack(
                 plan, root, folder, workers=workers or os.cpu_count() or 1, dask=dask, resume=resume, verify=verify,
                 progress=progress,

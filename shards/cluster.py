@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PATIENCE = 60.0  # seconds for the scheduler to answer and for a worker to take a first task
-_LIBRARIES = ("dctc", "rasterio", "numpy", "pillow", "pydantic", "distributed")
+_LIBRARIES = ("dctc", "rasterio", "numpy", "pillow", "pydantic", "distributed", "shapely", "pyproj", "pyogrio")
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,16 @@ def versions() -> dict[str, str]:
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         code.update(path.read_bytes())
-    found = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    found = {name: _version(name) for name in _LIBRARIES}
     python = ".".join(platform.python_version_tuple()[:2])
     return {"python": python, **found, "gdal": rasterio.__gdal_version__, "code": code.hexdigest()[:12]}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 @dataclass

@@ -93,7 +93,8 @@ def pack(
             plan, shards = _write(engine, dtype, stage, out, verify, progress or (lambda state: None))
         _sweep(out)  # of workers that a cluster has lost on the way
         commit(plan, shards, out)
-    shutil.rmtree(staging)
+    # A worker that its cluster has cut off may still write there; the next run would clear that away.
+    shutil.rmtree(staging, ignore_errors=dask is not None)
     return _packed(out)
 
 

@@ -143,7 +143,7 @@ def on_grid(source: DatasetReader, grid: Grid, resampling: str | None, nodata: f
                 resampling=Resampling[resampling],
                 src_nodata=nodata,
                 add_alpha=alpha is None,
-                tolerance=0,  # exact places: an approximation would depend on how much is read at once
+                tolerance=1e-9,  # of a pixel: as good as exact, which rasterio does not let us ask for
             )
         stack.enter_context(vrt)
         yield OnGrid(source, vrt, alpha or source.count + 1)

@@ -65,8 +65,9 @@ class ImageReader:
     def rows(self, start: int, stop: int) -> Array:
         """Rows of the kept bands with their validity as a last band of the same dtype (1 valid, 0 not).
 
-        What holds no data is set to 0: pixels that are not valid in all bands, others in the bands that miss. What a
-        nodata pixel holds (-9999, NaN) is no measurement and must not reach a network.
+        Pixels that are not valid are set to 0 in all bands: what a nodata pixel holds (-9999, NaN) is no measurement
+        and must not reach a network. In a stack the same goes for each band where its own file holds no data; within
+        one file the nodata value in some bands alone (0 in a dark red) may be a measurement.
         """
         rows = np.empty((len(self._places) + 1, stop - start, self.grid.width), dtype=self._dtype)
         bands, valid = rows[:-1], np.ones(rows.shape[1:], dtype=bool)
@@ -87,7 +88,7 @@ class ImageReader:
         if self._rules.alpha is not None:
             valid &= self._band(self._rules.alpha, start, stop) > 0
         for band, lack in zip(bands, lacks, strict=True):
-            if lack is not None:
+            if self._stack and lack is not None:
                 band[lack] = 0
             band[~valid] = 0
         rows[-1] = valid

@@ -64,13 +64,17 @@ def find_scenes(recipe: Recipe, root: Path) -> list[Scene]:
     files = sorted(_walk(root))
     labels, shared = _labels(recipe, root, files)
     taken = {shared, *labels.values()}
-    masks = _masks(recipe, root, [file for file in files if file not in taken])
+    masks = _masks(recipe, [file for file in files if file not in taken])
     taken |= set(masks.values())
     rest = [file for file in files if file not in taken]
     images = _images(recipe.image.pattern, recipe.image.files, rest, recipe.scene_id, root)
     if not images:
         seen = f"it holds e.g. {files[0]}" if files else "it holds no files"
         raise InputError(f"{root}: no file matches the image pattern {recipe.image.pattern[0]!r}; {seen}")
+    if recipe.label is not None:
+        _some(shared or labels, "label", recipe.label.pattern, root, "set label to null for imagery without any")
+    if recipe.mask is not None:
+        _some(masks, "mask", recipe.mask.pattern, root, "leave mask out if there are none")
     _no_orphans("label", labels, images, root)
     _no_orphans("mask", masks, images, root)
     vector = isinstance(recipe.label, Vector)
@@ -91,26 +95,21 @@ def _labels(recipe: Recipe, root: Path, files: Sequence[str]) -> tuple[dict[str,
     if label is None:
         return {}, None
     if not (isinstance(label, Vector) and label.shared):
-        found = _single(_claim(files, label.pattern, recipe.scene_id, "labels"))
-        _some(found, "label", label.pattern, root, "set label to null for imagery without any")
-        return found, None
+        return _single(_claim(files, label.pattern, recipe.scene_id, "labels")), None
     patterns = [re.compile(pattern) for pattern in label.pattern]
     matching = [file for file in files if any(pattern.fullmatch(file) for pattern in patterns)]
-    _some(matching, "label", label.pattern, root, "set label to null for imagery without any")
     if len(matching) > 1:
         raise InputError(
             f"{root}: {matching[0]} and {matching[1]} both match the label pattern {label.pattern[0]!r}, which has no "
             "named group and so means one file for all scenes: make it more exact, or pair files by (?P<scene>...)"
         )
-    return {}, matching[0]
+    return {}, matching[0] if matching else None
 
 
-def _masks(recipe: Recipe, root: Path, files: Sequence[str]) -> dict[str, str]:
+def _masks(recipe: Recipe, files: Sequence[str]) -> dict[str, str]:
     if recipe.mask is None:
         return {}
-    found = _single(_claim(files, recipe.mask.pattern, recipe.scene_id, "masks"))
-    _some(found, "mask", recipe.mask.pattern, root, "leave mask out if there are none")
-    return found
+    return _single(_claim(files, recipe.mask.pattern, recipe.scene_id, "masks"))
 
 
 def _some(found: object, what: str, patterns: Sequence[str], root: Path, otherwise: str) -> None:

@@ -139,18 +139,19 @@ class VectorLabel:
 
     def rows(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Class ids and reason codes, uint8 [rows,width]."""
+        # GDAL cuts edges off at the raster's border, where a touched corner may get lost: one more row on each side.
+        first, last = max(0, start - 1), min(self._grid.height, stop + 1)
         low, high = self._bounds[:, 1], self._bounds[:, 3]
-        here = np.flatnonzero((low <= stop) & (high >= start))
-        blank = np.full((stop - start, self._grid.width), self._background, dtype=np.uint8)
-        if not len(here):
-            return blank
-        drawn: npt.NDArray[np.uint8] = rasterio.features.rasterize(
-            [(self._shapes[i], self._burned[i]) for i in here.tolist()],
-            out=blank,
-            transform=Affine.translation(0, start),
-            all_touched=self._label.all_touched,
-        )
-        return drawn
+        here = np.flatnonzero((low <= last) & (high >= first))
+        rows = np.full((last - first, self._grid.width), self._background, dtype=np.uint8)
+        if len(here):
+            rasterio.features.rasterize(
+                [(self._shapes[i], self._burned[i]) for i in here.tolist()],
+                out=rows,
+                transform=Affine.translation(0, first),
+                all_touched=self._label.all_touched,
+            )
+        return rows[start - first : stop - first]
 
     @property
     def block_height(self) -> int:

@@ -52,14 +52,15 @@ class Band(_Record):
 class SplitInfo(_Record):
     """Counts of one split; a tile is labelled when its label has a pixel of a class.
 
-    ``pixels`` has one entry a class; ``ignored`` says why a pixel carries no class.
+    ``pixels`` has one entry a class; ``ignored`` says why a pixel carries no class. Both count all pixels of the tiles
+    of labelled scenes, so that together they are those tiles times the tile's area.
     """
 
     tiles: int
     labelled: int
     scenes: int
     pixels: list[int]
-    ignored: dict[str, int]  # reason -> pixels of labelled tiles: "ignore_color", "unmatched", "nodata"
+    ignored: dict[str, int]  # reason (the keys of labels.REASONS) -> pixels
 
 
 class Labelled(_Record):

@@ -22,12 +22,13 @@ from shards.codec import check_codec
 from shards.commit import commit, remove_stale
 from shards.errors import InputError
 from shards.files import remove_temporaries, write_atomic
+from shards.headers import check_scenes
 from shards.manifest import MANIFEST, Dataset
 from shards.plan import Plan, dump_plan, make_plan
 from shards.progress import Meter, Report, Work
 from shards.recipe import Recipe
 from shards.report import PLAN, PackReport, read_plan, read_report
-from shards.scenes import Dtype, Scene, check_scenes, find_scenes, input_files
+from shards.scenes import Dtype, Scene, find_scenes, input_files
 from shards.stage import StagedScene, StageTask, is_staged, read_staged, source_of, stage_scene
 from shards.tar import archive_bytes
 from shards.tasks import Engine, local_engine
@@ -218,7 +219,7 @@ def _finished(recipe: Recipe, root: Path, out: Path, scenes: Sequence[Scene], ve
     packed = _packed(out)
     plan = read_plan(packed)
     there = {entry["path"]: entry["sha256"] for scene in plan["scenes"] for entry in scene["inputs"]}
-    here = [path for scene in scenes for path in input_files(root, scene)]
+    here = list(dict.fromkeys(path for scene in scenes for path in input_files(root, scene)))
     changed = sorted(there.keys() ^ set(here)) or [p for p in here if source_of(root, p).sha256 != there[p]]
     if plan["recipe_sha256"] != recipe.digest or changed:
         why = f"{changed[0]} is not as it was" if changed else "another recipe made it"

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from shards.errors import InputError
 from shards.labels import REASONS
 from shards.manifest import SPLITS, Labelled, Split, SplitInfo, missing_classes, parse_share, share_count
+from shards.reading import LabelCount
 from shards.recipe import Recipe
 from shards.scenes import Dtype
 from shards.splits import TRAIN, UNRANKED, draw, idle_patterns, key_hashes, ranks, scene_splits
@@ -94,8 +95,8 @@ def _split(
     recipe: Recipe, scenes: Sequence[StagedScene], tiles: Sequence[StagedTile], scene_of: npt.NDArray[np.uint32]
 ) -> npt.NDArray[np.uint8]:
     if recipe.splits.protocol == "scene":
-        codes = scene_splits(recipe.splits, [(scene.scene, scene.labelled) for scene in scenes])
-        return np.array([codes[scene.scene] for scene in scenes], dtype=np.uint8)[scene_of]
+        codes = scene_splits(recipe.splits, [(scene.scene, scene.labelled) for scene in scenes if not scene.extra])
+        return np.array([codes.get(scene.scene, TRAIN) for scene in scenes], dtype=np.uint8)[scene_of]
     split_of = np.full(len(tiles), TRAIN, dtype=np.uint8)
     labelled = np.array([has_classes(tile) for tile in tiles], dtype=bool)
     if labelled.any():
@@ -164,7 +165,7 @@ def dump_plan(plan: Plan) -> bytes:
         "rule": RULE,
         "tiles_sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
         "dropped": plan.dropped,
-        "idle_patterns": idle_patterns(plan.recipe.splits, [scene.scene for scene in plan.scenes]),
+        "idle_patterns": idle_patterns(plan.recipe.splits, [scene.scene for scene in plan.scenes if not scene.extra]),
         "shards": [{"name": s.name, "split": s.split, "tiles": len(s.tiles)} for s in plan.shards],
         "scenes": _scene_records(plan),
     }
@@ -177,14 +178,24 @@ def _scene_records(plan: Plan) -> list[dict[str, Any]]:
         {
             "id": scene.scene,
             "labelled": scene.labelled,
+            "extra": scene.extra,
             "inputs": [source.model_dump(exclude={"mtime_ns"}) for source in scene.sources],
             "height": scene.height,
             "width": scene.width,
             "tiles": {name: per_scene[number, code] for code, name in enumerate(SPLITS)},
             "empty": scene.empty,
-            "label_pixels": scene.label_pixels,
-            "unmatched": scene.unmatched,
-            "unknown_colors": [{"color": color, "pixels": count} for color, count in scene.unknown_colors],
+            "label": _label_record(scene.label),
         }
         for number, scene in enumerate(plan.scenes)
     ]
+
+
+def _label_record(label: LabelCount | None) -> dict[str, Any] | None:
+    if label is None:
+        return None
+    return {
+        "counted": label.counted,
+        "total": label.total,
+        "unmatched": label.unmatched,
+        "unknown": [{"value": value, "count": count} for value, count in label.values],
+    }

@@ -16,12 +16,13 @@ _NAMED = 5  # split patterns without a scene that are listed
 
 @dataclass(frozen=True)
 class UnmatchedScene:
-    """A scene some of whose label pixels have colours that the recipe does not know; they became ignore."""
+    """A scene some of whose label the recipe does not know: colours, numbers or attributes; that became ignore."""
 
     scene: str
-    pixels: int
-    share: float
-    colors: list[tuple[tuple[int, int, int], int]]  # the most frequent ones with their pixels
+    counted: str  # "pixels", or "features" of a vector file
+    count: int
+    share: float  # of the label's pixels or features
+    values: list[tuple[str, int]]  # the most frequent ones with their counts
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class PackReport:
     unmatched: list[UnmatchedScene]
     idle_patterns: list[str]  # split patterns that name no scene
     missing: dict[str, list[str]]  # labelled share -> classes that it lacks
+    absent: list[str]  # classes that no training tile has a pixel of
 
     def lines(self) -> list[str]:
         """The report in plain sentences, the notable after the ordinary."""
@@ -50,10 +52,10 @@ class PackReport:
         if self.empty or self.dropped:
             text.append(f"left out: {self.empty} windows without data, {self.dropped} tiles below tile.min_valid_share")
         for scene in self.unmatched:
-            colors = ", ".join(f"{r},{g},{b} ({count})" for (r, g, b), count in scene.colors)
+            values = ", ".join(f"{value} ({count})" for value, count in scene.values)
             text.append(
-                f"scene {scene.scene}: {scene.pixels} label pixels ({scene.share:.3%}) of unknown colour "
-                f"became ignore: {colors}"
+                f"scene {scene.scene}: {scene.count} label {scene.counted} ({scene.share:.3%}) with values that the "
+                f"recipe does not know became ignore: {values}"
             )
         if self.idle_patterns:
             first = ", ".join(self.idle_patterns[:_NAMED])
@@ -62,8 +64,14 @@ class PackReport:
                 f"{', ...' if len(self.idle_patterns) > _NAMED else ''}"
             )
         for share, names in self.missing.items():
-            if names:
-                text.append(f"labelled share {share} has no pixel of {', '.join(names)}")
+            lacking = [name for name in names if name not in self.absent]
+            if lacking:
+                text.append(f"labelled share {share} has no pixel of {', '.join(lacking)}")
+        if self.absent:
+            text.append(
+                f"warning: no training tile has a pixel of {', '.join(self.absent)}, which so cannot be learned; "
+                "correct label, classes or splits unless that is meant"
+            )
         return text
 
 
@@ -74,13 +82,15 @@ def read_report(dataset: Dataset) -> PackReport:
     unmatched = [
         UnmatchedScene(
             scene["id"],
-            scene["unmatched"],
-            scene["unmatched"] / scene["label_pixels"],
-            [(tuple(entry["color"]), entry["pixels"]) for entry in scene["unknown_colors"]],
+            scene["label"]["counted"],
+            scene["label"]["unmatched"],
+            scene["label"]["unmatched"] / scene["label"]["total"],
+            [(entry["value"], entry["count"]) for entry in scene["label"]["unknown"]],
         )
         for scene in plan["scenes"]
-        if scene["unmatched"]
+        if scene["label"] and scene["label"]["unmatched"]
     ]
+    pixels = manifest.splits["train"].pixels
     return PackReport(
         scenes=len(plan["scenes"]),
         unlabelled_scenes=sum(not scene["labelled"] for scene in plan["scenes"]),
@@ -92,6 +102,7 @@ def read_report(dataset: Dataset) -> PackReport:
         unmatched=unmatched,
         idle_patterns=plan["idle_patterns"],
         missing=manifest.labelled.missing,
+        absent=[name for name, count in zip(manifest.class_names, pixels, strict=True) if not count],
     )
 
 

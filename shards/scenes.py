@@ -1,118 +1,210 @@
-"""Find, pair and check the rasters of a dataset."""
+"""Find the files of a dataset and pair them to scenes."""
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
-import rasterio
-from rasterio.enums import ColorInterp
-from rasterio.errors import RasterioError
-from rasterio.io import DatasetReader
-from rasterio.transform import Affine
-
-from shards.codec import DTYPES
 from shards.errors import InputError
+from shards.inputs import BAND_GROUP, Unlabelled, Vector, names_band
+from shards.rasters import open_raster
 from shards.recipe import Recipe
 
 Dtype = Literal["uint8", "uint16", "int16", "float32"]
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 _LONGEST_ID = 64  # keys are names in USTAR archives: 100 bytes with offsets and suffix
+_SHAPEFILE = (".shx", ".dbf", ".prj", ".cpg", ".qpj", ".qix", ".sbn", ".sbx")  # what GDAL reads beside a .shp
 
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and, when it is labelled, its label; paths are POSIX paths relative to the root."""
+    """An image and what belongs to it; paths are POSIX paths relative to the root, or absolute outside of it."""
 
     id: str
-    image: str
+    images: tuple[str, ...]  # one file, or the files of a stack in the order of their bands
     label: str | None
+    mask: str | None = None
+    vector: bool = False  # whether the label is a file of features, maybe of several scenes
+    extra: bool = False  # of an unlabelled folder: training data whatever the splits say
+
+    @property
+    def image(self) -> str:
+        """The first image file, whose grid is the scene's."""
+        return self.images[0]
+
+    @property
+    def rasters(self) -> list[str]:
+        """All rasters: images, label, mask."""
+        label = [self.label] if self.label is not None and not self.vector else []
+        return [*self.images, *label, *([self.mask] if self.mask is not None else [])]
 
     @property
     def files(self) -> list[str]:
-        """The image, then the label if there is one."""
-        return [self.image] if self.label is None else [self.image, self.label]
-
-
-@contextmanager
-def open_raster(path: Path) -> Iterator[DatasetReader]:
-    """Open a raster.
-
-    Raises:
-        InputError: when it cannot be opened; names the file.
-    """
-    with naming(path):
-        source = rasterio.open(path)
-    with source:
-        yield source
-
-
-@contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Turn a failure to read inside the block into an InputError that names the file."""
-    try:
-        yield
-    except RasterioError as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise InputError(f"{path}: cannot be read, is it damaged or cut short? Replace the file ({reason})") from None
-
-
-def band_count(source: DatasetReader) -> int:
-    """Bands of a raster, where a colour table counts as the three bands that it expands to."""
-    return 3 if has_palette(source) else source.count
-
-
-def has_palette(source: DatasetReader) -> bool:
-    """Whether the raster's one band holds places in a colour table."""
-    return bool(source.count == 1 and source.colorinterp[0] == ColorInterp.palette)
+        """All files that were paired: images, then label and mask where there are any."""
+        rest = [path for path in (self.label, self.mask) if path is not None]
+        return [*self.images, *rest]
 
 
 def find_scenes(recipe: Recipe, root: Path) -> list[Scene]:
-    """All scenes below ``root``, sorted by id.
+    """All scenes below ``root`` and in the folders of unlabelled imagery, sorted by id.
 
-    A file that matches a label pattern is a label, whatever else it matches.
+    A file that matches a label pattern is a label, whatever else it matches; then come masks, then images.
 
     Raises:
-        InputError: when the folder is missing or holds no image of the pattern, two files claim one scene, or a
-            label has no image.
+        InputError: when a folder is missing or holds no file of its pattern, two files claim one place in a scene, a
+            file of a stack is missing, or a label or mask has no image.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder of scenes; give the right one with --root")
     files = sorted(_walk(root))
-    labels = _claim(files, recipe.label.pattern if recipe.label else [], recipe.scene_id, "labels")
-    taken = set(labels.values())
-    images = _claim([f for f in files if f not in taken], recipe.image.pattern, recipe.scene_id, "images")
+    labels, shared = _labels(recipe, root, files)
+    taken = {shared, *labels.values()}
+    masks = _masks(recipe, [file for file in files if file not in taken])
+    taken |= set(masks.values())
+    rest = [file for file in files if file not in taken]
+    images = _images(recipe.image.pattern, recipe.image.files, rest, recipe.scene_id, root)
     if not images:
         seen = f"it holds e.g. {files[0]}" if files else "it holds no files"
         raise InputError(f"{root}: no file matches the image pattern {recipe.image.pattern[0]!r}; {seen}")
-    orphans = sorted(labels.keys() - images.keys())
+    if recipe.label is not None:
+        _some(shared or labels, "label", recipe.label.pattern, root, "set label to null for imagery without any")
+    if recipe.mask is not None:
+        _some(masks, "mask", recipe.mask.pattern, root, "leave mask out if there are none")
+    _no_orphans("label", labels, images, root)
+    _no_orphans("mask", masks, images, root)
+    vector = isinstance(recipe.label, Vector)
+    scenes = {
+        scene: Scene(scene, paths, labels.get(scene, shared), masks.get(scene), vector)
+        for scene, paths in images.items()
+    }
+    for extra in recipe.unlabelled:
+        for scene, paths in _extra_images(recipe, extra, root).items():
+            _no_clash(scenes, scene, paths, root)
+            scenes[scene] = Scene(scene, paths, None, extra=True)
+    return [scene for _, scene in sorted(scenes.items())]
+
+
+def _labels(recipe: Recipe, root: Path, files: Sequence[str]) -> tuple[dict[str, str], str | None]:
+    """Scene id -> label, and the one label file of all scenes where the recipe wants that."""
+    label = recipe.label
+    if label is None:
+        return {}, None
+    if not (isinstance(label, Vector) and label.shared):
+        return _single(_claim(files, label.pattern, recipe.scene_id, "labels")), None
+    patterns = [re.compile(pattern) for pattern in label.pattern]
+    matching = [file for file in files if any(pattern.fullmatch(file) for pattern in patterns)]
+    if len(matching) > 1:
+        raise InputError(
+            f"{root}: {matching[0]} and {matching[1]} both match the label pattern {label.pattern[0]!r}, which has no "
+            "named group and so means one file for all scenes: make it more exact, or pair files by (?P<scene>...)"
+        )
+    return {}, matching[0] if matching else None
+
+
+def _masks(recipe: Recipe, files: Sequence[str]) -> dict[str, str]:
+    if recipe.mask is None:
+        return {}
+    return _single(_claim(files, recipe.mask.pattern, recipe.scene_id, "masks"))
+
+
+def _some(found: object, what: str, patterns: Sequence[str], root: Path, otherwise: str) -> None:
+    if not found:
+        raise InputError(f"{root}: no file matches the {what} pattern {patterns[0]!r}; correct it, or {otherwise}")
+
+
+def _single(claimed: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    return {scene: next(iter(files.values())) for scene, files in claimed.items()}
+
+
+def _images(
+    patterns: Sequence[str], bands: Sequence[str], files: Sequence[str], template: str | None, root: Path
+) -> dict[str, tuple[str, ...]]:
+    """Scene id -> image files: one, or those of ``bands`` in their order."""
+    claimed = _claim(files, patterns, template, "images", stacked=bool(bands))
+    if not bands:
+        return {scene: (file,) for scene, file in _single(claimed).items()}
+    images = {}
+    for scene, by_band in claimed.items():
+        there = {band: file for band, file in by_band.items() if band in bands}
+        for band in bands if there else ():
+            if band not in there:
+                raise InputError(
+                    f"{root}: scene {scene!r} lacks the file of {band!r}, which image.files names, beside "
+                    f"{next(iter(there.values()))}: add it or remove the scene's other files"
+                )
+        if there:
+            images[scene] = tuple(there[band] for band in bands)
+    return images
+
+
+def _extra_images(recipe: Recipe, extra: Unlabelled, root: Path) -> dict[str, tuple[str, ...]]:
+    folder = root / extra.folder
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; unlabelled.folder is absolute or relative to --root")
+    bands = recipe.image.files if names_band(extra.pattern[0]) else []
+    images = _images(extra.pattern, bands, sorted(_walk(folder)), extra.scene_id, folder)
+    _some(images, "unlabelled", extra.pattern, folder, "remove the entry")
+    start = Path(os.path.normpath(extra.folder))
+    return {scene: tuple((start / path).as_posix() for path in paths) for scene, paths in images.items()}
+
+
+def _no_clash(scenes: Mapping[str, Scene], scene: str, paths: tuple[str, ...], root: Path) -> None:
+    if scene in scenes:
+        raise InputError(
+            f"scene {scene!r} stands twice, {scenes[scene].image} and {paths[0]}: give the unlabelled folder a "
+            "scene_id of its own, as 'extra-{scene}'"
+        )
+    here = {(root / path).resolve() for path in paths}
+    for other in scenes.values():
+        if here & {(root / path).resolve() for path in other.images}:
+            raise InputError(
+                f"{root / paths[0]}: is scene {other.id!r} and, by unlabelled, scene {scene!r} too: make the patterns "
+                "more exact"
+            )
+
+
+def _no_orphans(what: str, found: Mapping[str, str], images: Mapping[str, object], root: Path) -> None:
+    orphans = sorted(found.keys() - images.keys())
     if orphans:
         more = f" (and {len(orphans) - 1} more)" if len(orphans) > 1 else ""
         raise InputError(
-            f"{root / labels[orphans[0]]}: label of scene {orphans[0]!r} without its image{more}; "
-            "add the image, remove the label or correct the patterns"
+            f"{root / found[orphans[0]]}: {what} of scene {orphans[0]!r} without its image{more}; "
+            f"add the image, remove the {what} or correct the patterns"
         )
-    return [Scene(scene, image, labels.get(scene)) for scene, image in sorted(images.items())]
 
 
 def input_files(root: Path, scene: Scene) -> list[str]:
     """All files that a scene is read from, world files and other sidecars included, relative to the root.
 
     Raises:
-        InputError: when its image or label cannot be opened.
+        InputError: when one of its rasters cannot be opened.
     """
     files: list[str] = []
-    for path in scene.files:
+    for path in scene.rasters:
         with open_raster(root / path) as source:
-            files += [path, *sorted(Path(os.path.relpath(file, root)).as_posix() for file in source.files)]
+            files += [path, *sorted(_relative(Path(file), root) for file in source.files)]
+    if scene.vector and scene.label is not None:
+        files += [scene.label, *_vector_sidecars(root, scene.label)]
     return list(dict.fromkeys(files))
+
+
+def _relative(file: Path, root: Path) -> str:
+    """As paths of scenes are written: below the root relative to it, elsewhere as the recipe names the folder."""
+    return Path(os.path.relpath(file, root)).as_posix() if file.is_relative_to(root) else file.as_posix()
+
+
+def _vector_sidecars(root: Path, path: str) -> list[str]:
+    file = Path(path)
+    if file.suffix.lower() != ".shp":
+        return []
+    beside = (root / file.parent).iterdir()
+    names = sorted(p.name for p in beside if p.stem == file.stem and p.suffix.lower() in _SHAPEFILE)
+    return [(file.parent / name).as_posix() for name in names]
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -122,23 +214,30 @@ def _walk(root: Path) -> Iterator[str]:
             yield (Path(folder) / name).relative_to(root).as_posix()
 
 
-def _claim(files: Sequence[str], patterns: Sequence[str], template: str | None, what: str) -> dict[str, str]:
-    """Scene id -> file for the files that match one of the patterns."""
+def _claim(
+    files: Sequence[str], patterns: Sequence[str], template: str | None, what: str, stacked: bool = False
+) -> dict[str, dict[str, str]]:
+    """Scene id -> value of the group ``band`` (empty unless ``stacked``) -> file, for the files that match."""
     compiled = [re.compile(pattern) for pattern in patterns]
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {}
     for file in files:
         match = next((m for m in (pattern.fullmatch(file) for pattern in compiled) if m), None)
         if match is None:
             continue
-        scene = _scene_id(match, template)
-        if scene in found:
-            raise InputError(f"scene {scene!r} has two {what}, {found[scene]} and {file}: make the pattern more exact")
-        found[scene] = file
+        groups = {name: text or "" for name, text in match.groupdict().items()}
+        band = groups.pop(BAND_GROUP, "") if stacked else ""
+        scene = _scene_id(file, groups, template)
+        claimed = found.setdefault(scene, {})
+        if band in claimed:
+            of = f" of {band!r}" if band else ""
+            raise InputError(
+                f"scene {scene!r} has two {what}{of}, {claimed[band]} and {file}: make the pattern more exact"
+            )
+        claimed[band] = file
     return found
 
 
-def _scene_id(match: re.Match[str], template: str | None) -> str:
-    groups = {name: text or "" for name, text in match.groupdict().items()}
+def _scene_id(file: str, groups: Mapping[str, str], template: str | None) -> str:
     if template is None:
         raw = "_".join(groups.values())
     else:
@@ -149,78 +248,5 @@ def _scene_id(match: re.Match[str], template: str | None) -> str:
             raise InputError(f"scene_id {template!r} does not fit the named groups of the pattern: {known}") from None
     scene = _UNSAFE.sub("-", raw)
     if not 0 < len(scene) <= _LONGEST_ID:
-        raise InputError(f"{match.string}: scene id {scene!r} must have 1 to {_LONGEST_ID} characters: set scene_id")
+        raise InputError(f"{file}: scene id {scene!r} must have 1 to {_LONGEST_ID} characters: set scene_id")
     return scene
-
-
-def check_scenes(recipe: Recipe, root: Path, scenes: Sequence[Scene]) -> Dtype:
-    """Look at the headers of all scenes before any work is done; the dtype that all images share.
-
-    Raises:
-        InputError: when a file cannot be opened, bands are missing, images disagree in band count or dtype, or a
-            label does not lie on its image's grid.
-    """
-    first: tuple[str, int, Dtype] | None = None
-    for scene in scenes:
-        with open_raster(root / scene.image) as image:
-            agreed = _check_bands(recipe, root / scene.image, image)
-            if first is not None and agreed != first[1:]:
-                raise InputError(
-                    f"{root / scene.image}: {agreed[0]} bands of {agreed[1]}, but {first[0]} has {first[1]} of "
-                    f"{first[2]}: the images of one dataset must agree"
-                )
-            first = first or (scene.image, *agreed)
-            if scene.label is not None:
-                with open_raster(root / scene.label) as label:
-                    _check_label(recipe, root / scene.label, image, label)
-    if first is None:
-        raise InputError(f"{root}: no scenes")
-    return first[2]
-
-
-def _check_bands(recipe: Recipe, path: Path, image: DatasetReader) -> tuple[int, Dtype]:
-    count = band_count(image)
-    needed = max([*recipe.bands.indexes, recipe.nodata.alpha or 0])
-    if needed > count:
-        raise InputError(
-            f"{path}: has {count} bands, but the recipe wants band {needed}: correct bands or nodata.alpha"
-        )
-    dtypes = {image.dtypes[0 if has_palette(image) else index - 1] for index in recipe.bands.indexes}
-    dtype = dtypes.pop()
-    if dtypes or dtype not in DTYPES:
-        raise InputError(f"{path}: bands of {dtype} are not supported: convert them to one of {', '.join(DTYPES)}")
-    return count, cast(Dtype, dtype)
-
-
-def _check_label(recipe: Recipe, path: Path, image: DatasetReader, label: DatasetReader) -> None:
-    if label.shape != image.shape:
-        raise InputError(
-            f"{path}: label of {label.width} x {label.height} pixels, but its image {image.name} has "
-            f"{image.width} x {image.height}: they must lie on one grid"
-        )
-    if band_count(label) < 3 or label.dtypes[0] != "uint8":
-        raise InputError(f"{path}: label kind palette needs 8-bit RGB, RGBA or a colour table, not this raster")
-    if recipe.label is not None and recipe.label.check_grid:
-        shift = _grid_shift(image, label)
-        if shift > 0.5 or (image.crs and label.crs and image.crs != label.crs):
-            raise InputError(
-                f"{path}: its georeference disagrees with that of {image.name} (by {shift:.2f} pixels, or another "
-                "CRS): reproject the label, or set label.check_grid: false if only the tags are wrong"
-            )
-
-
-def _grid_shift(image: DatasetReader, label: DatasetReader) -> float:
-    """Pixels by which the corners of two georeferenced rasters of one size lie apart; 0 if one has no georeference."""
-    if image.transform.is_identity or label.transform.is_identity:
-        return 0.0
-    corners = [(0, 0), (image.width, 0), (0, image.height), (image.width, image.height)]
-    apart = max(math.dist(place_of(image.transform, *c), place_of(label.transform, *c)) for c in corners)
-    return apart / math.sqrt(abs(image.transform.determinant))
-
-
-def place_of(transform: Affine, col: float, row: float) -> tuple[float, float]:
-    """Coordinates of the upper left corner of a pixel."""
-    return (
-        transform.a * col + transform.b * row + transform.c,
-        transform.d * col + transform.e * row + transform.f,
-    )

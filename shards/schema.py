@@ -78,17 +78,21 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """The first error of a validation in one sentence, with its dotted key."""
     first = error.errors()[0]
     location = first["loc"]
-    key = ".".join(str(part) for part in location)
+    parts, _ = _walk(model, location)
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key}{_nearest(str(location[-1]), _names(model, location[:-1]))}"
+        known = list(_walk(model, location[:-1])[1].model_fields)
+        return f"unknown key {'.'.join(parts)}{_nearest(str(location[-1]), known)}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         message = "is missing"
     elif first["type"] == "literal_error":
         message = f"{first['input']!r} is not known; it can be {first['ctx']['expected']}"
+    elif first["type"] == "union_tag_invalid":
+        parts.append(first["ctx"]["discriminator"].strip("'"))
+        message = f"{first['ctx']['tag']!r} is not known; it can be {first['ctx']['expected_tags']}"
     elif first["type"] != "value_error":
         message = f"{message[0].lower()}{message[1:]}, not {first['input']!r}"
-    return f"key {key}: {message}" if key else message
+    return f"key {'.'.join(parts)}: {message}" if parts else message
 
 
 def _nearest(name: str, known: list[str]) -> str:
@@ -96,12 +100,32 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
 
 
-def _names(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the model at ``location`` below ``model``."""
+def _walk(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[list[str], type[BaseModel]]:
+    """The dotted key of ``location`` below ``model``, and the model there.
+
+    Where a section is one of several kinds, pydantic puts the kind into the location; nobody wrote it as a key.
+    """
+    parts: list[str] = []
+    kinds: dict[str, type[BaseModel]] = {}
     for part in location:
+        if isinstance(part, str) and part in kinds:
+            model, kinds = kinds[part], {}
+            continue
+        if part == "[key]":  # pydantic's word for "the key itself is wrong"
+            continue
+        parts.append(str(part))
+        kinds = {}
         if isinstance(part, str) and part in model.model_fields:
-            model = next(_models(model.model_fields[part].annotation), model)
-    return list(model.model_fields)
+            inside = list(_models(model.model_fields[part].annotation))
+            model = inside[0] if inside else model
+            if len(inside) > 1:
+                kinds = {kind: one for one in inside for kind in _kinds(one)}
+    return parts, model
+
+
+def _kinds(model: type[BaseModel]) -> tuple[str, ...]:
+    field = model.model_fields.get("kind")
+    return typing.get_args(field.annotation) if field else ()
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from shards.errors import InputError
 from shards.manifest import parse_share
@@ -19,49 +18,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _regex(text: str) -> str:
-    try:
-        pattern = re.compile(text)
-    except re.error as error:
-        raise ValueError(f"{text!r} is not a regular expression ({error})") from None
-    if not pattern.groupindex:
-        raise ValueError(
-            f"{text!r} has no named group such as (?P<scene>...): the groups name the scene and pair its files"
-        )
-    return text
-
-
-Pattern = Annotated[str, AfterValidator(_regex)]
-
-
-class Image(Section):
-    """Where the images are: regular expressions that match a file's whole path relative to the root."""
-
-    pattern: list[Pattern] = Field(min_length=1)
-
-    _listed = field_validator("pattern", mode="before")(_as_list)
-
-
-class Palette(Section):
-    """Colour masks. Distances between colours are the largest difference of a channel (0..255)."""
-
-    pattern: list[Pattern] = Field(min_length=1)
-    kind: Literal["palette"] = "palette"
-    tolerance: Channel = 0
-    threshold: Channel | None = None  # channels above it count as 255, the others as 0, before the palette is looked up
-    ignore_colors: list[Color] = []
-    max_unmatched_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # of a scene's label pixels
-    check_grid: bool = True  # refuse a label whose georeference disagrees with its image's
-
-    _listed = field_validator("pattern", mode="before")(_as_list)
-
-
 class Bands(Section):
-    """Bands to keep, counted from 1, and their names."""
+    """Bands to keep, counted from 1 (in a stack over its files), and their names."""
 
     names: list[str] = Field(min_length=1)
     keep: list[Annotated[int, Field(ge=1)]] = []

@@ -11,29 +11,28 @@ import importlib.metadata
 import json
 import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 import rasterio
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rasterio.io import DatasetReader
 from rasterio.transform import Affine
 
 from shards.bandstats import histogram
 from shards.codec import LOSSY, encode_image, encode_label, encode_mask, encoder_versions, holds_mask
 from shards.errors import InputError
 from shards.files import atomic_file, write_atomic
-from shards.labels import FIRST_REASON, NODATA, REASONS, PaletteDecoder
+from shards.labels import FIRST_REASON, REASONS
 from shards.manifest import IGNORE
 from shards.progress import Work
+from shards.rasters import place_of
+from shards.reading import LabelCount, SceneReader, Tile, open_scene
 from shards.recipe import Recipe
-from shards.rows import Rows, block_height, image_loader, label_loader
-from shards.scenes import Scene, input_files, open_raster, place_of
-from shards.tiling import Window, windows
+from shards.scenes import Scene, input_files
+from shards.tiling import Window
 
 STAGING_VERSION = "2"  # raise it when tiles are encoded or recorded otherwise: nothing staged before is then used
 CACHE_MB = 64  # of decoded source blocks, in each process
@@ -86,14 +85,13 @@ class StagedScene(_Record):
 
     scene: str
     labelled: bool
+    extra: bool  # of an unlabelled folder: training data whatever the splits say
     digest: str  # of everything but the inputs that decides the tiles' bytes
     sources: list[Source]
     size: int  # bytes of the .tiles file
     height: int
     width: int
-    label_pixels: int
-    unmatched: int
-    unknown_colors: list[tuple[tuple[int, int, int], int]]
+    label: LabelCount | None
     empty: int  # windows without a valid pixel, which are not staged
     tiles: list[StagedTile]
 
@@ -181,30 +179,27 @@ def stage_scene(task: StageTask) -> Work:
     """Stage one scene.
 
     Raises:
-        InputError: when a file cannot be read to its end or too many label pixels have unknown colours.
+        InputError: when a file cannot be read to its end or too much of the label is unknown to the recipe.
     """
     task.sidecar.unlink(missing_ok=True)
     sources = [source_of(task.root, path) for path in input_files(task.root, task.scene)]
-    with ExitStack() as stack:
-        stack.enter_context(rasterio.Env(GDAL_CACHEMAX=CACHE_MB))
-        image = stack.enter_context(open_raster(task.root / task.scene.image))
-        label = stack.enter_context(open_raster(task.root / task.scene.label)) if task.scene.label else None
-        reader = _SceneReader(task, image, label)
+    with (
+        rasterio.Env(GDAL_CACHEMAX=CACHE_MB),
+        open_scene(task.recipe, task.root, task.scene) as reader,
+    ):
         with atomic_file(task.tiles_file) as target:
-            tiles = list(_staged_tiles(reader, target))
-            reader.check_unmatched()
-        decoder = reader.decoder
+            tiles = list(_staged_tiles(task, reader, target))
+            reader.check_unmatched(task.root)
         record = StagedScene(
             scene=task.scene.id,
-            labelled=label is not None,
+            labelled=reader.labelled,
+            extra=task.scene.extra,
             digest=task.digest,
             sources=sources,
             size=task.tiles_file.stat().st_size,
-            height=image.height,
-            width=image.width,
-            label_pixels=decoder.pixels if decoder else 0,
-            unmatched=decoder.unmatched if decoder else 0,
-            unknown_colors=decoder.unknown_colors() if decoder else [],
+            height=reader.grid.height,
+            width=reader.grid.width,
+            label=reader.counts(),
             empty=reader.empty,
             tiles=tiles,
         )
@@ -212,83 +207,19 @@ def stage_scene(task: StageTask) -> Work:
     return Work(len(tiles), record.size)
 
 
-@dataclass(frozen=True)
-class _Tile:
-    window: Window
-    image: npt.NDArray[Any]  # [C,S,S]
-    valid: npt.NDArray[np.bool_]  # [S,S]
-    codes: npt.NDArray[np.uint8] | None  # [S,S], class ids and reason codes
-
-
-class _SceneReader:
-    def __init__(self, task: StageTask, image: DatasetReader, label: DatasetReader | None) -> None:
-        self.task, self.image = task, image
-        self.decoder: PaletteDecoder | None = None
-        self.empty = 0
-        self.crs_wkt = image.crs.to_wkt() if image.crs else None
-        recipe = task.recipe
-        self._codes: Rows | None = None
-        self._pixels = Rows(
-            image_loader(image, recipe.bands.indexes, recipe.nodata),
-            image.height,
-            block_height(image),
-            recipe.tile.size,
-        )
-        if label is not None and recipe.label is not None:
-            self.decoder = PaletteDecoder(recipe.label, recipe.classes)
-            self._codes = Rows(label_loader(label, self.decoder), label.height, block_height(label), recipe.tile.size)
-
-    def tiles(self) -> Iterator[_Tile]:
-        """Tiles with at least one valid pixel, in row-major order."""
-        tile = self.task.recipe.tile
-        for window in windows(self.image.height, self.image.width, tile.size, tile.step, tile.edge):
-            pixels = _cut(self._pixels, window, 0)
-            valid = pixels[-1] > 0
-            codes = None
-            if self._codes is not None:
-                codes = _cut(self._codes, window, NODATA)
-                codes[~valid] = NODATA
-            if valid.any():
-                yield _Tile(window, pixels[:-1], valid, codes)
-            else:
-                self.empty += 1
-
-    def check_unmatched(self) -> None:
-        """Raise when the share of unknown colours is above what the recipe tolerates."""
-        label, decoder = self.task.recipe.label, self.decoder
-        if label is None or decoder is None or decoder.unmatched <= label.max_unmatched_share * decoder.pixels:
-            return
-        worst = "; ".join(f"{','.join(map(str, color))} ({count} px)" for color, count in decoder.unknown_colors())
-        raise InputError(
-            f"{self.task.root / str(self.task.scene.label)}: {decoder.unmatched / decoder.pixels:.2%} of the label "
-            f"pixels have colours that the recipe does not know, more than label.max_unmatched_share "
-            f"{label.max_unmatched_share:.2%}; most frequent: {worst}. Correct classes, label.ignore_colors or "
-            "label.tolerance"
-        )
-
-
-def _cut(rows: Rows, window: Window, fill: int) -> npt.NDArray[Any]:
-    """A window [..., size, size], padded with ``fill`` beyond the scene; a copy."""
-    size = window.size
-    inside = rows.take(window.row, window.row + size)[..., window.col : window.col + size]
-    padded = np.full((*inside.shape[:-2], size, size), fill, dtype=inside.dtype)
-    padded[..., : inside.shape[-2], : inside.shape[-1]] = inside
-    return padded
-
-
-def _staged_tiles(reader: _SceneReader, target: IO[bytes]) -> Iterator[StagedTile]:
+def _staged_tiles(task: StageTask, reader: SceneReader, target: IO[bytes]) -> Iterator[StagedTile]:
     def put(data: bytes) -> Blob:
         offset = target.tell()
         target.write(data)
         return Blob(offset=offset, size=len(data), crc32=zlib.crc32(data))
 
-    classes, codec = len(reader.task.recipe.classes), reader.task.recipe.codec
+    classes, codec = len(task.recipe.classes), task.recipe.codec
     for tile in reader.tiles():
         counted = tile.image.dtype == np.uint8 and codec.image not in LOSSY
         counts = np.zeros(256, dtype=np.int64) if tile.codes is None else histogram(tile.codes.ravel())
         pixels = counts[:classes].tolist()
         share = _share(tile.valid)
-        transform = _moved(reader.image.transform, tile.window)
+        transform = _moved(reader.grid.transform, tile.window)
         image = put(
             encode_image(tile.image, tile.valid, reader.crs_wkt, transform, codec=codec.image, quality=codec.quality)
         )
@@ -301,7 +232,7 @@ def _staged_tiles(reader: _SceneReader, target: IO[bytes]) -> Iterator[StagedTil
             label = put(encode_label(ids, reader.crs_wkt, transform, codec=codec.label))
         present = [k for k, count in enumerate(pixels) if count]
         yield StagedTile(
-            key=tile_key(reader.task.scene.id, tile.window),
+            key=tile_key(task.scene.id, tile.window),
             valid_share=share,
             classes=sum(1 << k for k in present),
             pixels=pixels,
@@ -310,7 +241,7 @@ def _staged_tiles(reader: _SceneReader, target: IO[bytes]) -> Iterator[StagedTil
             image=image,
             mask=mask,
             label=label,
-            meta=put(_meta(reader, tile.window, transform, share, present)),
+            meta=put(_meta(task, reader.crs_wkt, tile.window, transform, share, present)),
         )
 
 
@@ -331,19 +262,21 @@ def _share(valid: npt.NDArray[np.bool_]) -> float:
     return float(share if count == valid.size else min(share, np.nextafter(np.float32(1), np.float32(0))))
 
 
-def _histograms(tile: _Tile, share: float) -> bytes:
+def _histograms(tile: Tile, share: float) -> bytes:
     """Counted while the pixels are at hand, since which tiles train is known only when all are."""
     bands = tile.image.reshape(len(tile.image), -1) if share == 1 else tile.image[:, tile.valid]
     return np.stack([histogram(band) for band in bands]).astype(np.int32).tobytes()
 
 
-def _meta(reader: _SceneReader, window: Window, transform: Affine, share: float, present: list[int]) -> bytes:
+def _meta(
+    task: StageTask, crs: str | None, window: Window, transform: Affine, share: float, present: list[int]
+) -> bytes:
     record = {
-        "crs": reader.crs_wkt,
+        "crs": crs,
         "transform": list(transform)[:6],
         "window": {"row": window.row, "col": window.col, "height": window.size, "width": window.size},
-        "scene": reader.task.scene.id,
-        "bands": reader.task.recipe.bands.names,
+        "scene": task.scene.id,
+        "bands": task.recipe.bands.names,
         "valid_share": share,
         "classes": present,
     }

@@ -14,6 +14,7 @@ from rich.table import Table
 from shards.errors import InputError
 from shards.files import atomic_file
 from shards.index import Index
+from shards.labels import REASONS
 from shards.manifest import IGNORE, SPLITS, Dataset, Manifest
 from shards.splits import permutation
 from shards.tiles import Tile, read_tile
@@ -81,12 +82,12 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def _splits_table(manifest: Manifest, title: str) -> Table:
-    table = _table(
-        title, ["split", "tiles", "labelled", "scenes", "class pixels", "nodata", "ignore color", "unmatched"]
-    )
+    reasons = [reason for reason in REASONS if any(split.ignored[reason] for split in manifest.splits.values())]
+    heads = [reason.replace("_", " ") for reason in reasons]
+    table = _table(title, ["split", "tiles", "labelled", "scenes", "class pixels", *heads])
     for name in SPLITS:
         split = manifest.splits[name]
-        ignored = [split.ignored[reason] for reason in ("nodata", "ignore_color", "unmatched")]
+        ignored = [split.ignored[reason] for reason in reasons]
         counts = [split.tiles, split.labelled, split.scenes, sum(split.pixels), *ignored]
         table.add_row(name, *(f"{count:,}" for count in counts))
     return table

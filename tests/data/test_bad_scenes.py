@@ -80,7 +80,7 @@ def other_crs(root: Path) -> None:
     colors = layouts.colored(layouts.random_ids(6, 200, 200, 0), layouts.ISPRS)
     options = {"transform": Affine(0.05, 0, 366676, 0, -0.05, 5808000)}
     layouts.write_tiff(root / LABEL, colors, crs="EPSG:32633", **options)
-    layouts.write_tiff(root / IMAGE, layouts.random_image(3, 200, 200, 0), crs="EPSG:25833", **options)
+    layouts.write_tiff(root / IMAGE, layouts.random_image(3, 200, 200, 0), crs="EPSG:25832", **options)
 
 
 BAD: list[tuple[Callable[[Path], None], list[str]]] = [

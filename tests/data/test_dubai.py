@@ -59,7 +59,7 @@ def test_class_pixels_are_those_of_the_masks(dubai: Packed) -> None:
         ignored += len(rgb) - sum(found)
     info = dubai.manifest.splits["test"]
     assert info.pixels == counts.tolist()
-    assert info.ignored["ignore_color"] == ignored
+    assert info.ignored["ignore_value"] == ignored
     assert info.ignored["unmatched"] == 0
 
 

@@ -12,6 +12,7 @@ from rasterio.io import MemoryFile
 from rasterio.transform import Affine
 
 from shards.index import Index
+from shards.labels import REASONS
 from shards.tiles import read_tile
 from tests.data import layouts
 from tests.data.own import GENERIC, TWO, generic, labels, packed_from, write_png
@@ -37,7 +38,7 @@ def test_transparent_mask_pixels_hold_no_label(tmp_path: Path) -> None:
     write_png(tmp_path / "in/images/x.png", layouts.random_image(3, 32, 32, 0))
     packed = packed_from(generic(), tmp_path / "in", tmp_path)
     assert (labels(packed, 32, 32)["x"][:5] == 255).all()
-    assert packed.manifest.splits["train"].ignored["nodata"] == 5 * 32
+    assert packed.manifest.splits["train"].ignored["label_nodata"] == 5 * 32
 
 
 @pytest.mark.parametrize("rule", ["tag", "value", "alpha", "mask"])
@@ -68,7 +69,7 @@ def test_nodata_is_invalid_zeroed_and_ignored(tmp_path: Path, rule: str) -> None
     assert (tile.image[:, ~tile.valid] == 0).all()
     assert tile.label is not None
     assert (tile.label[:, :6] == 255).all()
-    assert packed.manifest.splits["train"].ignored == {"nodata": 240, "ignore_color": 0, "unmatched": 0}
+    assert packed.manifest.splits["train"].ignored == dict.fromkeys(REASONS, 0) | {"image_nodata": 240}
     kept = image.reshape(3, -1)[
         :,
         np.concatenate(

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.labels import IGNORE_COLOR, UNMATCHED, PaletteDecoder
-from shards.sections import ClassColor, Palette
+from shards.inputs import Palette
+from shards.labels import IGNORE_VALUE, UNMATCHED, PaletteDecoder
+from shards.sections import ClassColor
 from tests.data.layouts import ISPRS, colored, random_ids
 
 CLASSES = [
@@ -28,7 +29,7 @@ def test_exact_colours() -> None:
     ids = random_ids(6, 40, 50, 0)
     exact = decoder()
     assert np.array_equal(exact.decode(colored(ids, ISPRS)), ids)
-    assert (exact.unmatched, exact.unknown_colors()) == (0, [])
+    assert (exact.unmatched, exact.unknown_values()) == (0, [])
 
 
 @pytest.mark.parametrize(
@@ -41,9 +42,9 @@ def test_exact_colours() -> None:
         ((160, 90, 20), {"tolerance": 95, "threshold": 127}, 5),
         ((160, 90, 20), {"tolerance": 89, "threshold": 127}, UNMATCHED),
         ((255, 0, 255), {"tolerance": 127, "threshold": 127}, UNMATCHED),  # a corner that is no class
-        ((3, 0, 9), {"tolerance": 96, "threshold": 127, "ignore_colors": [(0, 0, 0)]}, IGNORE_COLOR),
+        ((3, 0, 9), {"tolerance": 96, "threshold": 127, "ignore_colors": [(0, 0, 0)]}, IGNORE_VALUE),
         ((0, 0, 0), {}, UNMATCHED),
-        ((0, 0, 0), {"ignore_colors": [(0, 0, 0)]}, IGNORE_COLOR),
+        ((0, 0, 0), {"ignore_colors": [(0, 0, 0)]}, IGNORE_VALUE),
     ],
 )
 def test_tolerance_and_threshold_by_hand(color: tuple[int, int, int], settings: dict[str, Any], code: int) -> None:
@@ -59,7 +60,7 @@ def test_unknown_colours_are_counted_and_ranked() -> None:
     exact.decode(rgb)
     assert (codes == UNMATCHED).sum() == 10
     assert (exact.unmatched, exact.pixels) == (20, 800)
-    assert exact.unknown_colors() == [((9, 8, 7), 14), ((1, 2, 3), 6)]
+    assert exact.unknown_values() == [("9,8,7", 14), ("1,2,3", 6)]
 
 
 @settings(max_examples=30, deadline=None)

@@ -126,7 +126,7 @@ def test_tables_say_the_counts(packed: Packed) -> None:
     for table in tables(packed):
         console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("potsdam: 64 px tiles", "low_vegetation", "labelled shares", "80", "1/8", "nodata"):
+    for part in ("potsdam: 64 px tiles", "low_vegetation", "labelled shares", "80", "1/8", "padding"):
         assert part in text
 
 

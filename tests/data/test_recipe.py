@@ -66,7 +66,7 @@ def test_overrides_win_and_keep_their_types() -> None:
         ("splitz.protocol=paper", "unknown key splitz; did you mean 'splits'"),
         ("label.zzz=1", "unknown key label.zzz; known here: pattern, kind"),
         ("splits.scene.tets=[a]", "unknown key splits.scene.tets; did you mean 'test'"),
-        ("label.kind=ids", "key label.kind: 'ids' is not known; it can be 'palette'"),
+        ("label.kind=id", "key label.kind: 'id' is not known; it can be 'palette', 'ids', 'vector'"),
         ("splits.protocol=block", "key splits.protocol: 'block' is not known; it can be 'paper' or 'scene'"),
         ("codec.image=jpg", "key codec.image: 'jpg' is not known"),
         ("tile.size=big", "key tile.size: "),

@@ -89,10 +89,12 @@ def pack(
         if not resume:
             _clear(out)
         seen = [root / file for file in scenes[0].files]
-        with local_engine(workers) if dask is None else cluster_engine(dask, staging, seen) as engine:
-            stage = [StageTask(recipe, root, staging, scene) for scene in scenes]
-            plan, shards = _write(engine, dtype, stage, out, verify, progress or (lambda state: None))
-        _sweep(out)  # of workers that a cluster has lost on the way
+        try:
+            with local_engine(workers) if dask is None else cluster_engine(dask, staging, seen) as engine:
+                stage = [StageTask(recipe, root, staging, scene) for scene in scenes]
+                plan, shards = _write(engine, dtype, stage, out, verify, progress or (lambda state: None))
+        finally:
+            _sweep(out)  # of workers that were stopped, or that a cluster has lost on the way
         commit(plan, shards, out)
     # A worker that its cluster has cut off may still write there; the next run would clear that away.
     shutil.rmtree(staging, ignore_errors=dask is not None)

@@ -60,21 +60,18 @@ class PaletteDecoder:
         """
         packed = _pack(colors[:3])
         codes = np.full(packed.shape, UNMATCHED, dtype=np.uint8)
+        for color, code in zip(self._packed.tolist(), self._codes.tolist(), strict=True):
+            # The colours differ, so a pixel takes one of these steps at most. Masked assignment costs four times this.
+            codes += (packed == color).view(np.uint8) * np.uint8((code - UNMATCHED) % 256)
         away = np.zeros(packed.shape, dtype=bool) if len(colors) == 3 else colors[3] == 0
         if hidden is not None:
             away |= hidden
-        done = away.copy()
-        for color, code in zip(self._packed, self._codes, strict=True):
-            same = packed == color
-            codes[same] = code
-            done |= same
         if nodata is not None and nodata in range(256):
-            empty = ~done & (packed == int(nodata) * 0x010101)
-            away |= empty
-            done |= empty
-        self.pixels += packed.size - int(away.sum())
-        if not done.all():
-            codes[~done] = self._nearest(packed[~done])
+            away |= (codes == UNMATCHED) & (packed == int(nodata) * 0x010101)
+        self.pixels += packed.size - int(np.count_nonzero(away))
+        unknown = (codes == UNMATCHED) & ~away
+        if unknown.any():
+            codes[unknown] = self._nearest(packed[unknown])
         codes[away] = LABEL_NODATA
         return codes
 
@@ -137,30 +134,27 @@ class IdsDecoder:
 
     def decode(self, numbers: npt.NDArray[Any], hidden: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.uint8]:
         """Class ids and reason codes, uint8 [H,W], of numbers [H,W]; what is ``hidden`` (bool [H,W]) holds no label."""
-        codes, known = self._look_up(numbers)
+        codes = self._look_up(numbers)
         away = np.isnan(numbers) if numbers.dtype.kind == "f" else np.zeros(numbers.shape, dtype=bool)
         if self.nodata is not None:
             away |= numbers == self.nodata
         if hidden is not None:
             away |= hidden
         codes[away] = LABEL_NODATA
-        self.pixels += numbers.size - int(away.sum())
-        strange = ~known & ~away
+        self.pixels += numbers.size - int(np.count_nonzero(away))
+        strange = codes == UNMATCHED
         if strange.any():
             self._count_unknown(numbers[strange])
         return codes
 
-    def _look_up(self, numbers: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    def _look_up(self, numbers: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         codes = np.full(numbers.shape, UNMATCHED, dtype=np.uint8)
-        known = np.zeros(numbers.shape, dtype=bool)
         # A recipe knows few values, and comparing is exact for every dtype: no float is rounded to an integer.
         for value, code in zip(self._values.tolist(), self._codes.tolist(), strict=True):
             if numbers.dtype.kind in "iu" and not np.iinfo(numbers.dtype).min <= value <= np.iinfo(numbers.dtype).max:
                 continue
-            same = numbers == value
-            codes[same] = code
-            known |= same
-        return codes, known
+            codes += (numbers == value).view(np.uint8) * np.uint8((code - UNMATCHED) % 256)
+        return codes
 
     def _count_unknown(self, numbers: npt.NDArray[Any]) -> None:
         self.unmatched += numbers.size
@@ -185,6 +179,8 @@ def ids_nodata(label: Ids, tagged: float | None) -> float | None:
 
 
 def _pack(rgb: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    red, green, blue = (channel.astype(np.int32) for channel in rgb)
-    packed: npt.NDArray[np.int32] = red << 16 | green << 8 | blue
+    packed: npt.NDArray[np.int32] = rgb[0].astype(np.int32)
+    for channel in rgb[1:]:
+        packed <<= 8
+        packed |= channel.astype(np.uint8)
     return packed

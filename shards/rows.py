@@ -32,8 +32,10 @@ class Rows:
             self._stop = end
         while self._held and self._start + self._held[0].shape[-2] <= start:
             self._start += self._held.pop(0).shape[-2]
-        joined = self._held[0] if len(self._held) == 1 else np.concatenate(self._held, axis=-2)
-        return joined[..., start - self._start : stop - self._start, :]
+        if len(self._held) > 1:  # once for all windows that begin at this row
+            first = self._held[0][..., start - self._start :, :]
+            self._held, self._start = [np.concatenate([first, *self._held[1:]], axis=-2)], start
+        return self._held[0][..., start - self._start : stop - self._start, :]
 
     def cut(self, window: Window, fill: int) -> Array:
         """A window [..., size, size], padded with ``fill`` beyond the scene; a copy."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def test_more_imagery_trains_whatever_the_splits_say(tmp_path: Path, absolute: b
     assert (splits["test"].scenes, splits["train"].scenes, splits["train"].tiles) == (1, 3, 2 + 4 + 1)
     assert (splits["train"].labelled, got.report.unlabelled_scenes) == (2, 2)
     index = Index.open(got)
-    assert len(index.unlabelled_rows("1")) == 5
+    assert len(index.unlabelled_rows(Fraction(1))) == 5
     assert np.array_equal(whole(got, "north_a1", 40, 40)[0], image)
     scene = read_plan(got)["scenes"][2]
     start = str(folder) if absolute else "more"

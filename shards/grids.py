@@ -97,6 +97,14 @@ class OnGrid:
             rows: Array = self.pixels.read(indexes, window=self._window(start, stop))
         return rows
 
+    def fill(self, rows: Array, indexes: list[int], start: int, stop: int) -> None:
+        """Read rows of bands into [C,rows,width], whose dtype may be a wider one than the file's."""
+        with naming(self.name):
+            if {self.source.dtypes[index - 1] for index in indexes} == {str(rows.dtype)}:
+                self.pixels.read(indexes, window=self._window(start, stop), out=rows)
+            else:
+                rows[:] = self.pixels.read(indexes, window=self._window(start, stop))
+
     def colors(self, start: int, stop: int) -> Array:
         """Rows of colours, uint8 [3 or 4,rows,width]; a colour table is expanded, a fourth band is transparency."""
         if has_palette(self.source):

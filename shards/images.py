@@ -90,22 +90,23 @@ class ImageReader:
         for band, lack in zip(bands, lacks, strict=True):
             if self._stack and lack is not None:
                 band[lack] = 0
-            band[~valid] = 0
+        if not valid.all():
+            bands[:, ~valid] = 0
         rows[-1] = valid
         return rows
 
     def _fill(self, bands: Array, start: int, stop: int) -> None:
         """Read into [C,rows,width]; the blocks of one file are decoded once for all of its bands."""
         if self._stack:
-            for band, (file, index) in zip(bands, self._places, strict=True):
-                band[:] = self._files[file].read([index], start, stop)[0]
+            for place, (file, index) in enumerate(self._places):
+                self._files[file].fill(bands[place : place + 1], [index], start, stop)
             return
         image = self._files[0]
         if has_palette(image.source):
             colors = expand(image.source, image.read([1], start, stop)[0])
             bands[:] = colors[[index - 1 for index in self._indexes]]
         else:
-            bands[:] = image.read(self._indexes, start, stop)
+            image.fill(bands, self._indexes, start, stop)
 
     def _band(self, index: int, start: int, stop: int) -> Array:
         """Rows [rows,width] of band ``index``, which need not be a kept one."""

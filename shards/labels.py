@@ -134,30 +134,27 @@ class IdsDecoder:
 
     def decode(self, numbers: npt.NDArray[Any], hidden: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.uint8]:
         """Class ids and reason codes, uint8 [H,W], of numbers [H,W]; what is ``hidden`` (bool [H,W]) holds no label."""
-        codes, known = self._look_up(numbers)
+        codes = self._look_up(numbers)
         away = np.isnan(numbers) if numbers.dtype.kind == "f" else np.zeros(numbers.shape, dtype=bool)
         if self.nodata is not None:
             away |= numbers == self.nodata
         if hidden is not None:
             away |= hidden
         codes[away] = LABEL_NODATA
-        self.pixels += numbers.size - int(away.sum())
-        strange = ~known & ~away
+        self.pixels += numbers.size - int(np.count_nonzero(away))
+        strange = codes == UNMATCHED
         if strange.any():
             self._count_unknown(numbers[strange])
         return codes
 
-    def _look_up(self, numbers: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    def _look_up(self, numbers: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         codes = np.full(numbers.shape, UNMATCHED, dtype=np.uint8)
-        known = np.zeros(numbers.shape, dtype=bool)
         # A recipe knows few values, and comparing is exact for every dtype: no float is rounded to an integer.
         for value, code in zip(self._values.tolist(), self._codes.tolist(), strict=True):
             if numbers.dtype.kind in "iu" and not np.iinfo(numbers.dtype).min <= value <= np.iinfo(numbers.dtype).max:
                 continue
-            same = numbers == value
-            codes[same] = code
-            known |= same
-        return codes, known
+            codes += (numbers == value).view(np.uint8) * np.uint8((code - UNMATCHED) % 256)
+        return codes
 
     def _count_unknown(self, numbers: npt.NDArray[Any]) -> None:
         self.unmatched += numbers.size

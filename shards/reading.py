@@ -168,7 +168,7 @@ class SceneReader:
             if self._recipe.mask.applies_to == "image":
                 valid &= ~masked
                 image[:, masked] = 0
-        if codes is not None:
+        if codes is not None and missing.any():
             codes[missing & (codes != PADDING)] = IMAGE_NODATA
         return Tile(window, image, valid, codes)
 

@@ -9,12 +9,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import rasterio
+from PIL import Image
 from rasterio.transform import Affine
 
 from shards.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "configs" / "data"
 ISPRS = np.array([[255, 255, 255], [0, 0, 255], [0, 255, 255], [0, 255, 0], [255, 255, 0], [255, 0, 0]], dtype=np.uint8)
+GID15 = np.array(
+    [
+        *([200, 0, 0], [250, 0, 150], [200, 150, 150], [250, 150, 150], [0, 200, 0], [150, 250, 0], [150, 200, 150]),
+        *([200, 0, 200], [150, 0, 250], [150, 150, 250], [250, 200, 0], [200, 200, 0], [0, 0, 200], [0, 150, 200]),
+        [0, 200, 250],
+    ],
+    dtype=np.uint8,
+)
 GID5 = np.array([[255, 0, 0], [0, 255, 0], [0, 255, 255], [255, 255, 0], [0, 0, 255]], dtype=np.uint8)
 
 
@@ -96,7 +105,9 @@ def vaihingen(root: Path, areas: dict[int, tuple[int, int]]) -> dict[int, npt.ND
     return truth
 
 
-def gid(root: Path, scenes: int, height: int, width: int, nir: bool = False) -> dict[str, npt.NDArray[np.uint8]]:
+def gid(
+    root: Path, scenes: int, height: int, width: int, nir: bool = False, fine: bool = False
+) -> dict[str, npt.NDArray[np.uint8]]:
     """The GID layout; a part of each label is black."""
     truth = {}
     for number in range(scenes):
@@ -107,9 +118,32 @@ def gid(root: Path, scenes: int, height: int, width: int, nir: bool = False) -> 
         image[-1, :4] = 0
         options = {"tiled": True, "blockxsize": 64, "blockysize": 64, "photometric": "RGB"}
         write_tiff(root / folder / f"{scene}.tif", image, **(options | ({"alpha": "YES"} if nir else {})))
-        truth[scene] = random_ids(5, height, width, number)
+        truth[scene] = random_ids(15 if fine else 5, height, width, number)
         truth[scene][:, : width // 4] = 255
-        write_tiff(root / "label_5classes" / f"{scene}_label.tif", colored(truth[scene], GID5), compress="lzw")
+        label = (
+            root / "label_15classes" / f"{scene}_15label.tif"
+            if fine
+            else root / "label_5classes" / f"{scene}_label.tif"
+        )
+        write_tiff(label, colored(truth[scene], GID15 if fine else GID5), compress="lzw")
+    return truth
+
+
+def loveda(root: Path, parts: dict[str, Sequence[int]]) -> dict[str, npt.NDArray[np.uint8]]:
+    """The LoveDA layout: PNGs without georeference, masks of 0 (no label) to 7, none for Test; by scene the masks."""
+    truth = {}
+    for part, numbers in parts.items():
+        for number in numbers:
+            place = "Urban" if number % 2 else "Rural"
+            image = np.moveaxis(random_image(3, 80, 80, number), 0, -1)
+            folder = root / part / place
+            (folder / "images_png").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / "images_png" / f"{number}.png")
+            if part != "Test":
+                (folder / "masks_png").mkdir(parents=True, exist_ok=True)
+                mask = random_ids(8, 80, 80, number)
+                Image.fromarray(mask).save(folder / "masks_png" / f"{number}.png")
+                truth[f"{part}_{place}_{number}"] = mask
     return truth
 
 

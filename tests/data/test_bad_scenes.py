@@ -37,6 +37,19 @@ def truncated_label(root: Path) -> None:
     (root / LABEL).write_bytes(data[:-800])
 
 
+def corrupt_label(root: Path) -> None:
+    """Whole in length and header, but one of its compressed strips is not."""
+    data = bytearray((root / LABEL).read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 300] = bytes(300)
+    (root / LABEL).write_bytes(bytes(data))
+
+
+def no_labels(root: Path) -> None:
+    for path in root.glob("5_Labels_all/*"):
+        path.unlink()
+
+
 def no_raster(root: Path) -> None:
     (root / IMAGE).write_text("not a picture")
 
@@ -88,6 +101,8 @@ BAD: list[tuple[Callable[[Path], None], list[str]]] = [
     (orphan, [LABEL, "label of scene '2_10' without its image"]),
     (truncated, [IMAGE, "damaged or cut short"]),
     (truncated_label, [LABEL, "damaged or cut short"]),
+    (corrupt_label, [LABEL, "damaged or cut short"]),
+    (no_labels, ["no file matches the label pattern", "label to null"]),
     (no_raster, [IMAGE, "cannot be read"]),
     (unknown_colours, [LABEL, "25.00% of the label pixels", "255,0,255 (10000 px)", "max_unmatched_share"]),
     (four_bands, ["images of one dataset must agree", IMAGE, "has 4 of uint8"]),

@@ -164,6 +164,17 @@ def test_files_that_lack_something(tmp_path: Path) -> None:
         packed_from(generic(label=VECTOR), tmp_path / "in", tmp_path)
 
 
+@pytest.mark.parametrize("end", ["gpkg", "geojson", "shp"])
+def test_files_cut_short(tmp_path: Path, end: str) -> None:
+    write_image(tmp_path / "in/images/x.tif")
+    shapes = [box(k % 50, k // 50, 1, 1) for k in range(2000)]
+    path = write_features(tmp_path / f"in/labels/all.{end}", shapes, ["a"] * 2000)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(InputError, match=rf"all\.{end}: cannot be read as a vector file"):
+        packed_from(generic(label=VECTOR), tmp_path / "in", tmp_path)
+    assert not (tmp_path / "set/manifest.json").exists()
+
+
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 @pytest.mark.filterwarnings("ignore:'crs' was not provided")
 def test_a_crs_that_only_one_side_has(tmp_path: Path) -> None:

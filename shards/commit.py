@@ -74,6 +74,7 @@ def _manifest(
         scenes=[scene.scene for scene in plan.scenes],
         splits=split_infos(plan),
         labelled=labelled_subsets(plan),
+        separation=plan.separation,
         shards=[
             Shard(
                 name=shard.name,

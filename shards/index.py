@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from shards.errors import InputError
 from shards.files import file_sha256, write_atomic
-from shards.manifest import SPLITS, Dataset, share_count
-from shards.splits import UNRANKED, key_hashes, ranks
+from shards.manifest import SPLITS, Dataset
+from shards.report import read_plan
+from shards.splits import UNRANKED, key_hashes, ranks, share_length
 from shards.tar import BLOCK, members, parse_header
 
 COLUMNS: dict[str, str] = {
@@ -66,6 +67,7 @@ class Index:
     classes: Column  # bit k set: class k has a pixel
     valid_share: Column
     key_hash: Column  # first 8 bytes of sha256(key), little endian
+    by: str  # how labelled shares are drawn: "tile" or "scene"
     labelled_rank: Column  # place in the nested order of labelled training tiles, 0xFFFFFFFF elsewhere
 
     @classmethod
@@ -82,7 +84,7 @@ class Index:
                 raise InputError(
                     f"{_path(dataset.root, name)}: {len(column)} rows for {tiles} tiles; pack the dataset again"
                 )
-        return cls(**columns)
+        return cls(**columns, by=dataset.manifest.labelled.by)
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -100,8 +102,8 @@ class Index:
     def labelled_rows(self, share: Fraction) -> npt.NDArray[np.int64]:
         """Training rows of a labelled share in the nested order: a smaller share's rows are a prefix of a larger's."""
         total = int((self.labelled_rank != UNRANKED).sum())
-        order = np.argsort(self.labelled_rank, kind="stable")
-        return order[: share_count(share, total)].astype(np.int64)
+        order = np.argsort(self.labelled_rank, kind="stable")[:total]
+        return order[: share_length(share, self.by, self.scene[order])].astype(np.int64)
 
     def unlabelled_rows(self, share: Fraction) -> npt.NDArray[np.int64]:
         """All other training rows, ascending; when there are none (share 1), the labelled ones."""
@@ -190,7 +192,12 @@ def _columns(dataset: Dataset, tiles: Mapping[str, Mapping[str, Any]]) -> dict[s
         for name, value in tiles[key].items():
             columns[name][row] = value
     columns["key_hash"][:] = key_hashes(keys)
-    columns["labelled_rank"][:] = ranks(dataset.manifest.labelled.seed, columns["classes"].tolist(), columns["split"])
+    labelled = dataset.manifest.labelled
+    row_of = {key: row for row, key in enumerate(keys)}
+    first = [row_of[key] for key in read_plan(dataset)["labelled_first"] if key in row_of]
+    columns["labelled_rank"][:] = ranks(
+        labelled.seed, labelled.by, columns["classes"].tolist(), columns["split"], columns["scene"], first
+    )
     return columns
 
 

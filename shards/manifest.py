@@ -68,9 +68,17 @@ class Labelled(_Record):
     ``labelled_rank``."""
 
     seed: int
+    by: Literal["tile", "scene"]  # scene: share s is the first ceil(s * scenes) scenes in the order of their ranks
     total: int
     shares: dict[str, int]  # "1/8" -> number of tiles
     missing: dict[str, list[str]]  # "1/8" -> names of the classes that this subset has no pixel of
+
+
+class Separation(_Record):
+    """Protocol block: pixels between the nearest two tiles of different splits of one scene, measured when packed."""
+
+    gap: int
+    distances: dict[str, int | None]  # "train-test" -> pixels; null: no scene has tiles of both
 
 
 class Shard(_Record):
@@ -90,7 +98,7 @@ class Manifest(_Record):
     schema_version: int
     tool_version: str
     name: str
-    protocol: str  # split protocol of the recipe: "paper", "scene"
+    protocol: str  # split protocol of the recipe: "paper", "scene", "block" or "files"
     tile_size: int
     stride: int
     codec: dict[str, str]  # {"image": "geotiff", "label": "geotiff"}
@@ -101,6 +109,7 @@ class Manifest(_Record):
     scenes: list[str]  # position = index column `scene`
     splits: dict[str, SplitInfo]
     labelled: Labelled
+    separation: Separation | None  # of protocol block
     shards: list[Shard]  # position = index column `shard`
     index: dict[str, str]  # column name -> sha256 of its .npy file
     plan_sha256: str

@@ -23,6 +23,7 @@ from shards.commit import commit, remove_stale
 from shards.errors import InputError
 from shards.files import remove_temporaries, write_atomic
 from shards.headers import check_scenes
+from shards.idlists import read_lists
 from shards.manifest import MANIFEST, Dataset
 from shards.plan import Plan, dump_plan, make_plan
 from shards.progress import Meter, Report, Work
@@ -107,7 +108,9 @@ def _write(
     """Stage what is not staged, plan, and write the shards that are not written."""
     unstaged = [task for task in stage if not is_staged(task, verify)]
     _run(engine, "stage", stage_scene, unstaged, len(stage), _source_bytes, report)
-    plan = make_plan(stage[0].recipe, dtype, [_staged(task) for task in stage])
+    plan = make_plan(
+        stage[0].recipe, dtype, [_staged(task) for task in stage], read_lists(stage[0].recipe, stage[0].root)
+    )
     plan_bytes = dump_plan(plan)
     write_atomic(out / PLAN, plan_bytes)
     shards = _assemble_tasks(plan, out, stage[0].staging, hashlib.sha256(plan_bytes).hexdigest())
@@ -221,7 +224,10 @@ def _finished(recipe: Recipe, root: Path, out: Path, scenes: Sequence[Scene], ve
     packed = _packed(out)
     plan = read_plan(packed)
     there = {entry["path"]: entry["sha256"] for scene in plan["scenes"] for entry in scene["inputs"]}
+    there |= {entry["path"]: entry["sha256"] for entry in plan["lists"]}
+    lists = read_lists(recipe, root).sources
     here = list(dict.fromkeys(path for scene in scenes for path in input_files(root, scene)))
+    here += [source.path for source in lists]
     changed = sorted(there.keys() ^ set(here)) or [p for p in here if source_of(root, p).sha256 != there[p]]
     if plan["recipe_sha256"] != recipe.digest or changed:
         why = f"{changed[0]} is not as it was" if changed else "another recipe made it"

@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shards.blocks import Places, block_splits, separation
 from shards.errors import InputError
+from shards.idlists import IdLists, Members, file_splits
 from shards.labels import REASONS
-from shards.manifest import SPLITS, Labelled, Split, SplitInfo, missing_classes, parse_share, share_count
+from shards.manifest import SPLITS, Labelled, Separation, Split, SplitInfo, missing_classes, parse_share
 from shards.reading import LabelCount
 from shards.recipe import Recipe
 from shards.scenes import Dtype
-from shards.splits import TRAIN, UNRANKED, draw, idle_patterns, key_hashes, ranks, scene_splits
+from shards.splits import DROPPED, TRAIN, UNRANKED, draw, idle_patterns, key_hashes, ranks, scene_splits, share_length
 from shards.stage import Blob, StagedScene, StagedTile
 from shards.tar import member_bytes
 
@@ -52,6 +54,10 @@ class Plan:
     key_hash: npt.NDArray[np.uint64]
     shards: list[PlannedShard]
     dropped: int  # tiles below min_valid_share; windows without any valid pixel not counted
+    left_out: int  # tiles that no split takes: too near to one of another split, or in no list
+    separation: Separation | None
+    lists: IdLists
+    labelled_first: list[str]  # keys of the tiles that labelled.file puts first
 
 
 def has_classes(tile: StagedTile) -> bool:
@@ -59,7 +65,7 @@ def has_classes(tile: StagedTile) -> bool:
     return tile.classes > 0
 
 
-def make_plan(recipe: Recipe, dtype: Dtype, scenes: Sequence[StagedScene]) -> Plan:
+def make_plan(recipe: Recipe, dtype: Dtype, scenes: Sequence[StagedScene], lists: IdLists) -> Plan:
     """Plan a dataset from its staged scenes, given in ascending order of ids.
 
     Raises:
@@ -68,15 +74,23 @@ def make_plan(recipe: Recipe, dtype: Dtype, scenes: Sequence[StagedScene]) -> Pl
     staged = [(tile, number) for number, scene in enumerate(scenes) for tile in scene.tiles]
     kept = [(tile, number) for tile, number in staged if tile.valid_share >= recipe.tile.min_valid_share]
     kept.sort(key=lambda pair: pair[0].key)
-    tiles = [tile for tile, _ in kept]
+    every = [tile for tile, _ in kept]
     scene_of = np.array([number for _, number in kept], dtype=np.uint32)
-    split_of = _split(recipe, scenes, tiles, scene_of)
+    split_of = _split(recipe, scenes, every, scene_of, lists)
+    taken = np.flatnonzero(split_of != DROPPED)
+    tiles, scene_of, split_of = [every[i] for i in taken.tolist()], scene_of[taken], split_of[taken]
     if not (split_of == TRAIN).any():
         raise InputError(
             f"recipe {recipe.name}: no tile is left to train on ({len(staged)} tiles, {len(staged) - len(kept)} below "
-            f"tile.min_valid_share {recipe.tile.min_valid_share}); correct splits or tile"
+            f"tile.min_valid_share {recipe.tile.min_valid_share}, {len(every) - len(tiles)} in no split); correct "
+            "splits or tile"
         )
     hashes = key_hashes([tile.key for tile in tiles])
+    first = _labelled_first(lists, tiles, scene_of, scenes)
+    masks = [tile.classes for tile in tiles]
+    apart = None
+    if recipe.splits.protocol == "block":
+        apart = separation(_places(recipe, tiles, scene_of), split_of, recipe.splits.block.gap)
     return Plan(
         recipe=recipe,
         dtype=dtype,
@@ -84,23 +98,52 @@ def make_plan(recipe: Recipe, dtype: Dtype, scenes: Sequence[StagedScene]) -> Pl
         tiles=tiles,
         scene_of=scene_of,
         split_of=split_of,
-        rank_of=ranks(recipe.labelled.seed, [tile.classes for tile in tiles], split_of),
+        rank_of=ranks(recipe.labelled.seed, recipe.labelled.by, masks, split_of, scene_of, first),
         key_hash=hashes,
         shards=_shards(recipe, tiles, split_of, hashes),
         dropped=len(staged) - len(kept),
+        left_out=len(every) - len(tiles),
+        separation=apart,
+        lists=lists,
+        labelled_first=[tiles[row].key for row in first],
     )
 
 
+def _labelled_first(
+    lists: IdLists, tiles: Sequence[StagedTile], scene_of: npt.NDArray[np.uint32], scenes: Sequence[StagedScene]
+) -> list[int]:
+    if lists.labelled is None:
+        return []
+    members = Members([tile.key for tile in tiles], scene_of, [scene.scene for scene in scenes])
+    return [row for name in lists.ids[lists.labelled] for row in members.rows(name, lists.labelled)]
+
+
+def _places(recipe: Recipe, tiles: Sequence[StagedTile], scene_of: npt.NDArray[np.uint32]) -> Places:
+    rows, cols = (np.array([getattr(tile, name) for tile in tiles], dtype=np.int64) for name in ("row", "col"))
+    return Places(scene_of.astype(np.int64), rows, cols, recipe.tile.size)
+
+
 def _split(
-    recipe: Recipe, scenes: Sequence[StagedScene], tiles: Sequence[StagedTile], scene_of: npt.NDArray[np.uint32]
+    recipe: Recipe,
+    scenes: Sequence[StagedScene],
+    tiles: Sequence[StagedTile],
+    scene_of: npt.NDArray[np.uint32],
+    lists: IdLists,
 ) -> npt.NDArray[np.uint8]:
-    if recipe.splits.protocol == "scene":
-        codes = scene_splits(recipe.splits, [(scene.scene, scene.labelled) for scene in scenes if not scene.extra])
+    """Split code of each tile, or DROPPED."""
+    splits = recipe.splits
+    if splits.protocol == "scene":
+        codes = scene_splits(splits, [(scene.scene, scene.labelled) for scene in scenes if not scene.extra])
         return np.array([codes.get(scene.scene, TRAIN) for scene in scenes], dtype=np.uint8)[scene_of]
-    split_of = np.full(len(tiles), TRAIN, dtype=np.uint8)
     labelled = np.array([has_classes(tile) for tile in tiles], dtype=bool)
+    if splits.protocol == "block":
+        return block_splits(splits.block, splits.seed, recipe.tile.step, _places(recipe, tiles, scene_of), labelled)
+    if splits.protocol == "files":
+        keys = [tile.key for tile in tiles]
+        return file_splits(recipe, lists, Members(keys, scene_of, [s.scene for s in scenes]), keys, labelled)
+    split_of = np.full(len(tiles), TRAIN, dtype=np.uint8)
     if labelled.any():
-        split_of[labelled] = draw(recipe.splits.paper, recipe.splits.seed, int(labelled.sum()), "tiles")
+        split_of[labelled] = draw(splits.paper, splits.seed, int(labelled.sum()), "tiles")
     return split_of
 
 
@@ -142,12 +185,14 @@ def split_infos(plan: Plan) -> dict[str, SplitInfo]:
 
 def labelled_subsets(plan: Plan) -> Labelled:
     """The nested labelled subsets and the classes that each has no pixel of."""
+    settings = plan.recipe.labelled
     rows = np.argsort(plan.rank_of, kind="stable")[: int((plan.rank_of != UNRANKED).sum())]
     seen = np.bitwise_or.accumulate(np.array([plan.tiles[i].classes for i in rows.tolist()], dtype=np.uint64))
-    shares = {text: share_count(parse_share(text), len(rows)) for text in plan.recipe.labelled.shares if len(rows)}
+    scenes = plan.scene_of[rows]
+    shares = {text: share_length(parse_share(text), settings.by, scenes) for text in settings.shares if len(rows)}
     names = [c.name for c in plan.recipe.classes]
     missing = {text: missing_classes(int(seen[count - 1]), names) for text, count in shares.items()}
-    return Labelled(seed=plan.recipe.labelled.seed, total=len(rows), shares=shares, missing=missing)
+    return Labelled(seed=settings.seed, by=settings.by, total=len(rows), shares=shares, missing=missing)
 
 
 def dump_plan(plan: Plan) -> bytes:
@@ -165,6 +210,9 @@ def dump_plan(plan: Plan) -> bytes:
         "rule": RULE,
         "tiles_sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
         "dropped": plan.dropped,
+        "left_out": plan.left_out,
+        "lists": [source.model_dump(exclude={"mtime_ns"}) for source in plan.lists.sources],
+        "labelled_first": plan.labelled_first,
         "idle_patterns": idle_patterns(plan.recipe.splits, [scene.scene for scene in plan.scenes if not scene.extra]),
         "shards": [{"name": s.name, "split": s.split, "tiles": len(s.tiles)} for s in plan.shards],
         "scenes": _scene_records(plan),
@@ -182,6 +230,8 @@ def _scene_records(plan: Plan) -> list[dict[str, Any]]:
             "inputs": [source.model_dump(exclude={"mtime_ns"}) for source in scene.sources],
             "height": scene.height,
             "width": scene.width,
+            "crs": scene.crs,
+            "transform": scene.transform,
             "tiles": {name: per_scene[number, code] for code, name in enumerate(SPLITS)},
             "empty": scene.empty,
             "label": _label_record(scene.label),

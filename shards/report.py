@@ -8,6 +8,7 @@ from typing import Any
 
 from shards.errors import InputError
 from shards.manifest import Dataset
+from shards.overlaps import overlapping
 
 PLAN = "plan.json"
 
@@ -36,6 +37,8 @@ class PackReport:
     bytes: int
     empty: int  # windows without a valid pixel
     dropped: int  # tiles below tile.min_valid_share
+    left_out: int  # tiles too near to another split's, or in no list
+    overlaps: list[tuple[str, str]]  # scenes of different splits that show the same ground
     unmatched: list[UnmatchedScene]
     idle_patterns: list[str]  # split patterns that name no scene
     missing: dict[str, list[str]]  # labelled share -> classes that it lacks
@@ -56,6 +59,14 @@ class PackReport:
             text.append(
                 f"scene {scene.scene}: {scene.count} label {scene.counted} ({scene.share:.3%}) with values that the "
                 f"recipe does not know became ignore: {values}"
+            )
+        if self.left_out:
+            text.append(f"{self.left_out} tiles are in no split: too near to one of another split, or in no list")
+        if self.overlaps:
+            pairs = ", ".join(f"{one} and {other}" for one, other in self.overlaps[:_NAMED])
+            text.append(
+                f"warning: {len(self.overlaps)} pairs of scenes show the same ground and are in different splits, so "
+                f"scores will be too high: {pairs}{', ...' if len(self.overlaps) > _NAMED else ''}"
             )
         if self.idle_patterns:
             first = ", ".join(self.idle_patterns[:_NAMED])
@@ -99,6 +110,8 @@ def read_report(dataset: Dataset) -> PackReport:
         bytes=sum(shard.bytes for shard in manifest.shards),
         empty=sum(scene["empty"] for scene in plan["scenes"]),
         dropped=plan["dropped"],
+        left_out=plan["left_out"],
+        overlaps=[] if manifest.protocol == "paper" else overlapping(plan["scenes"]),
         unmatched=unmatched,
         idle_patterns=plan["idle_patterns"],
         missing=manifest.labelled.missing,

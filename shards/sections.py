@@ -105,19 +105,49 @@ class SceneLists(Shares):
         return bool(self.test or self.val or self.train)
 
 
-class Splits(Section):
-    """Which tiles train, validate and test: ``paper`` draws tiles, ``scene`` keeps scenes whole."""
+class Blocks(Shares):
+    """Squares of ``size`` tiles a side are drawn; ``gap`` pixels at least lie between tiles of different splits."""
 
-    protocol: Literal["paper", "scene"]
+    size: Annotated[int, Field(ge=1)] = 4
+    gap: Annotated[int, Field(ge=0)] = 0  # 0: they may touch, but not overlap
+    test_share: Share = 0.2
+
+
+class IdFiles(Section):
+    """Text files with a tile's key or a scene's id a line; paths are absolute or relative to the root."""
+
+    train: str | None = None
+    val: str | None = None
+    test: str | None = None
+    rest: Literal["train", "drop", "error"] = "error"  # labelled tiles that no file names
+
+
+class Splits(Section):
+    """Which tiles train, validate and test.
+
+    ``paper`` draws tiles, ``scene`` keeps scenes whole, ``block`` draws squares inside scenes, ``files`` takes lists.
+    """
+
+    protocol: Literal["paper", "scene", "block", "files"]
     paper: Shares = Shares()
     scene: SceneLists = SceneLists()
+    block: Blocks = Blocks()
+    files: IdFiles = IdFiles()
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _names_files(self) -> Splits:
+        if self.protocol == "files" and not (self.files.train or self.files.val or self.files.test):
+            raise ValueError("protocol files needs at least one of splits.files.train, .val and .test")
+        return self
 
 
 class LabelledShares(Section):
     """The nested labelled subsets that the manifest records; training may ask for any other share too."""
 
     shares: list[str] = ["1/8", "1/4", "1/2", "1", *(f"{p}%" for p in range(10, 101, 10))]
+    by: Literal["tile", "scene"] = "tile"  # scene: whole scenes are drawn
+    file: str | None = None  # a list of tiles or scenes that come first, as in splits.files
     seed: int = Field(default=0, ge=0)
 
     @field_validator("shares", mode="before")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from shards.errors import InputError
-from shards.manifest import SPLITS
+from shards.manifest import SPLITS, share_count
 from shards.sections import SceneLists, Shares, Splits
 
 TRAIN, VAL, TEST = (SPLITS.index(name) for name in ("train", "val", "test"))
+DROPPED = 255  # a tile that is in no split
 UNRANKED = 0xFFFFFFFF
 _LABELLED_STREAM, _SPLIT_STREAM = 1, 2
 
@@ -97,29 +100,70 @@ def idle_patterns(splits: Splits, scenes: Sequence[str]) -> list[str]:
     return [pattern for pattern in patterns if not any(fnmatchcase(scene, pattern) for scene in scenes)]
 
 
-def nested_order(seed: int, masks: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Order of the labelled training tiles whose prefixes are the labelled subsets.
+def nested_order(seed: int, masks: Sequence[int], first: Sequence[int] = ()) -> npt.NDArray[np.int64]:
+    """Order of the labelled training tiles (or scenes) whose prefixes are the labelled subsets.
 
-    ``masks`` are the tiles' class bitmasks in the order of their keys. It is one seeded permutation, in which the
-    tiles that are the first to show some class are moved to the front (at most one a class), so that each prefix of
-    at least that length has every class.
+    ``masks`` are their class bitmasks in the order of their keys. Those of ``first`` lead as they are listed. The rest
+    is one seeded permutation, in which those that are the first to show some class are moved to its front (at most one
+    a class), so that each prefix of at least that length has every class.
     """
+    listed = np.array(list(first), dtype=np.int64)
     order = permutation(seed, _LABELLED_STREAM, len(masks))
-    first: list[int] = []
+    order = order[~np.isin(order, listed)]
+    front: list[int] = []
     seen = 0
-    for tile in order.tolist():
-        if masks[tile] & ~seen:
-            first.append(tile)
-            seen |= masks[tile]
-    front = np.array(first, dtype=np.int64)
-    return np.concatenate([front, order[~np.isin(order, front)]])
+    for item in listed.tolist():
+        seen |= masks[item]
+    for item in order.tolist():
+        if masks[item] & ~seen:
+            front.append(item)
+            seen |= masks[item]
+    leading = np.array(front, dtype=np.int64)
+    return np.concatenate([listed, leading, order[~np.isin(order, leading)]])
 
 
-def ranks(seed: int, masks: Sequence[int], split_of: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
-    """Rank of each labelled training tile in the nested order, and UNRANKED elsewhere; rows ascend by key."""
+def ranks(
+    seed: int,
+    by: Literal["tile", "scene"],
+    masks: Sequence[int],
+    split_of: npt.NDArray[np.uint8],
+    scene_of: npt.NDArray[np.uint32],
+    first: Sequence[int] = (),
+) -> npt.NDArray[np.uint32]:
+    """Rank of each labelled training tile in the nested order, and UNRANKED elsewhere; rows ascend by key.
+
+    By scene, scenes are ordered, and the tiles of a scene follow each other by key. ``first`` lists rows that lead; by
+    scene, their scenes do. Rows of it that are not labelled or do not train count for nothing.
+    """
     labelled = np.flatnonzero((split_of == TRAIN) & (np.array(masks, dtype=np.uint64) != 0))
     rank_of = np.full(len(masks), UNRANKED, dtype=np.uint32)
-    rank_of[labelled[nested_order(seed, [masks[i] for i in labelled.tolist()])]] = np.arange(
-        len(labelled), dtype=np.uint32
-    )
+    place = {row: k for k, row in enumerate(labelled.tolist())}
+    leading = [place[row] for row in first if row in place]
+    own = [masks[i] for i in labelled.tolist()]
+    if by == "tile":
+        order = nested_order(seed, own, list(dict.fromkeys(leading)))
+    else:
+        scenes, scene = np.unique(scene_of[labelled], return_inverse=True)
+        of_scene = [0] * len(scenes)
+        for number, mask in zip(scene.tolist(), own, strict=True):
+            of_scene[number] |= mask
+        before = nested_order(seed, of_scene, list(dict.fromkeys(int(scene[k]) for k in leading)))
+        turn = np.empty(len(scenes), dtype=np.int64)
+        turn[before] = np.arange(len(scenes))
+        order = np.argsort(turn[scene], kind="stable")
+    rank_of[labelled[order]] = np.arange(len(labelled), dtype=np.uint32)
     return rank_of
+
+
+def share_length(share: Fraction, by: str, scenes_in_order: npt.NDArray[np.uint32]) -> int:
+    """How many labelled tiles a share takes, given the scene of each tile in the order of ranks.
+
+    By tile ceil(share * tiles), by scene all tiles of the first ceil(share * scenes) scenes; exact, so that shares nest
+    and none is empty.
+    """
+    total = len(scenes_in_order)
+    if by == "tile" or not total:
+        return share_count(share, total)
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(scenes_in_order.astype(np.int64)) != 0]))
+    ends = np.append(starts[1:], total)
+    return int(ends[share_count(share, len(starts)) - 1])

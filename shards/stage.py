@@ -34,7 +34,7 @@ from shards.recipe import Recipe
 from shards.scenes import Scene, input_files
 from shards.tiling import Window
 
-STAGING_VERSION = "2"  # raise it when tiles are encoded or recorded otherwise: nothing staged before is then used
+STAGING_VERSION = "3"  # raise it when tiles are encoded or recorded otherwise: nothing staged before is then used
 CACHE_MB = 64  # of decoded source blocks, in each process
 
 
@@ -54,6 +54,8 @@ class StagedTile(_Record):
     """One encoded tile; ``classes`` has bit k set when class k has a pixel."""
 
     key: str
+    row: int  # of the window in the scene
+    col: int
     valid_share: float
     classes: int
     pixels: list[int]
@@ -91,6 +93,8 @@ class StagedScene(_Record):
     size: int  # bytes of the .tiles file
     height: int
     width: int
+    crs: str | None  # WKT
+    transform: list[float]  # a, b, c, d, e, f
     label: LabelCount | None
     empty: int  # windows without a valid pixel, which are not staged
     tiles: list[StagedTile]
@@ -199,6 +203,8 @@ def stage_scene(task: StageTask) -> Work:
             size=task.tiles_file.stat().st_size,
             height=reader.grid.height,
             width=reader.grid.width,
+            crs=reader.crs_wkt,
+            transform=list(reader.grid.transform)[:6],
             label=reader.counts(),
             empty=reader.empty,
             tiles=tiles,
@@ -233,6 +239,8 @@ def _staged_tiles(task: StageTask, reader: SceneReader, target: IO[bytes]) -> It
         present = [k for k, count in enumerate(pixels) if count]
         yield StagedTile(
             key=tile_key(task.scene.id, tile.window),
+            row=tile.window.row,
+            col=tile.window.col,
             valid_share=share,
             classes=sum(1 << k for k in present),
             pixels=pixels,

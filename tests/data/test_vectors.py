@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pyogrio
-import pyproj
 import pytest
 import rasterio.features
+import rasterio.warp
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,8 +71,8 @@ def test_later_features_win_and_the_rest_is_unlabelled(tmp_path: Path, end: str)
     crs = UTM
     if end == "geojson":  # always in degrees
         crs = "EPSG:4326"
-        turn = pyproj.Transformer.from_crs(UTM, crs, always_xy=True)
-        shapes = [shapely.Polygon([turn.transform(*place) for place in s.exterior.coords]) for s in shapes]
+        lon, lat = zip(*(rasterio.warp.transform(UTM, crs, *s.exterior.xy) for s in shapes), strict=True)
+        shapes = [shapely.Polygon(zip(xs, ys, strict=True)) for xs, ys in zip(lon, lat, strict=True)]
     write_features(tmp_path / f"in/labels/all.{end}", shapes, ["A", "B", "skip", "A"], crs=crs)
     label = VECTOR | {"map": {"A": "a", "B": "b", "skip": "ignore"}}
     packed = packed_from(generic(label=label), tmp_path / "in", tmp_path)
@@ -250,8 +250,12 @@ def test_drawn_in_blocks_as_at_once(
     features = VectorLabel(path, label, CLASSES, grid)
     rows = Rows(features.rows, grid.height, block, block)
     found = np.concatenate([rows.take(top, top + block) for top in range(0, 97, block)])
+    # GDAL hits a pixel at the border for some slivers that pass its corner outside of the scene.
+    scene = shapely.Polygon(grid.corners)
+    burned = [(s, "abc".index(k)) for s, (_, k) in zip(shapes, polygons, strict=True)]
+    burned = [(s, code) for s, code in burned if (s if s.is_valid else s.envelope).intersects(scene)]
     truth = rasterio.features.rasterize(
-        [(shape, "abc".index(kind)) for shape, (_, kind) in zip(shapes, polygons, strict=True)],
+        burned or [(shapely.box(-2, -2, -1, -1), 0)],  # far away; it refuses to draw nothing
         (97, 88),
         fill=UNLABELLED,
         transform=transform,

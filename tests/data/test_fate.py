@@ -25,7 +25,7 @@ MASK = {"pattern": r"masks/(?P<scene>[^/]+)\.png"}
 
 def write_scene(root: Path, name: str, numbers: Any, holes: Any, aside: Any | None) -> None:
     """``numbers`` [H,W] are the label, ``holes`` image pixels without data, ``aside`` what a mask file sets aside."""
-    image = layouts.random_image(3, *numbers.shape, 0)
+    image = layouts.random_image(3, numbers.shape[0], numbers.shape[1], 0)
     image[:, holes] = 0
     layouts.write_tiff(root / f"images/{name}.tif", image, nodata=0)
     layouts.write_tiff(root / f"labels/{name}.tif", numbers[None].astype(np.uint8), nodata=3)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pyogrio
-import pyproj
 import pytest
 import rasterio.features
+import rasterio.warp
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,10 +71,8 @@ def test_later_features_win_and_the_rest_is_unlabelled(tmp_path: Path, end: str)
     crs = UTM
     if end == "geojson":  # always in degrees
         crs = "EPSG:4326"
-        shapes = [
-            shapely.transform(s, pyproj.Transformer.from_crs(UTM, crs, always_xy=True).transform, interleaved=False)
-            for s in shapes
-        ]
+        lon, lat = zip(*(rasterio.warp.transform(UTM, crs, *s.exterior.xy) for s in shapes), strict=True)
+        shapes = [shapely.Polygon(zip(xs, ys, strict=True)) for xs, ys in zip(lon, lat, strict=True)]
     write_features(tmp_path / f"in/labels/all.{end}", shapes, ["A", "B", "skip", "A"], crs=crs)
     label = VECTOR | {"map": {"A": "a", "B": "b", "skip": "ignore"}}
     packed = packed_from(generic(label=label), tmp_path / "in", tmp_path)
@@ -211,12 +209,21 @@ def test_without_the_extra_the_error_names_it(tmp_path: Path) -> None:
 
 
 CLASSES = [ClassColor(name=name, color=(k, 0, 0)) for k, name in enumerate("abc")]
-RING = {"min_size": 3, "max_size": 8, "unique": True}
+Place = tuple[float, float]
+
+
+def rings(cols: st.SearchStrategy[float], rows: st.SearchStrategy[float]) -> st.SearchStrategy[list[Place]]:
+    return st.lists(st.tuples(cols, rows), min_size=3, max_size=8, unique=True)
+
+
+def thousandths(offset: float) -> st.SearchStrategy[float]:
+    return st.integers(-30_000, 130_000).map(lambda n: n / 1000 + offset)
+
+
 # No edge runs through the corner of a pixel, where rounding decides which pixels are touched.
-thousandths = st.integers(-30_000, 130_000)
-crooked = st.lists(st.tuples(*[thousandths.map(lambda n, o=o: n / 1000 + o) for o in (0.0003, 0.00071)]), **RING)
+crooked = rings(thousandths(0.0003), thousandths(0.00071))
 halves = st.integers(-60, 260).map(lambda n: n / 2)  # vertices on the borders and in the centres of pixels
-straight = st.lists(st.tuples(halves, halves), **RING)
+straight = rings(halves, halves)
 
 
 @settings(max_examples=60, deadline=None)
@@ -228,7 +235,7 @@ straight = st.lists(st.tuples(halves, halves), **RING)
 )
 def test_drawn_in_blocks_as_at_once(
     tmp_path_factory: pytest.TempPathFactory,
-    drawing: tuple[bool, list[tuple[list[tuple[float, float]], str]]],
+    drawing: tuple[bool, list[tuple[list[Place], str]]],
     block: int,
     pixel: float,
 ) -> None:
@@ -243,8 +250,12 @@ def test_drawn_in_blocks_as_at_once(
     features = VectorLabel(path, label, CLASSES, grid)
     rows = Rows(features.rows, grid.height, block, block)
     found = np.concatenate([rows.take(top, top + block) for top in range(0, 97, block)])
+    # GDAL hits a pixel at the border for some slivers that pass its corner outside of the scene.
+    scene = shapely.Polygon(grid.corners)
+    burned = [(s, "abc".index(k)) for s, (_, k) in zip(shapes, polygons, strict=True)]
+    burned = [(s, code) for s, code in burned if (s if s.is_valid else s.envelope).intersects(scene)]
     truth = rasterio.features.rasterize(
-        [(shape, "abc".index(kind)) for shape, (_, kind) in zip(shapes, polygons, strict=True)],
+        burned or [(shapely.box(-2, -2, -1, -1), 0)],  # far away; it refuses to draw nothing
         (97, 88),
         fill=UNLABELLED,
         transform=transform,

@@ -41,7 +41,7 @@ def read_lists(recipe: Recipe, root: Path) -> IdLists:
         InputError: when a file is missing or no text, or names an id twice.
     """
     files = recipe.splits.files
-    splits = {name: path for name in SPLITS if (path := getattr(files, name)) is not None}
+    splits: dict[str, str] = {name: path for name in SPLITS if (path := getattr(files, name)) is not None}
     splits = splits if recipe.splits.protocol == "files" else {}
     paths = dict.fromkeys([*splits.values(), *([recipe.labelled.file] if recipe.labelled.file else [])])
     ids = {path: _read(root / path) for path in paths}

@@ -9,16 +9,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
+from rasterio.crs import CRS
 from rich.table import Table
 
 from shards.errors import InputError
 from shards.files import atomic_file
 from shards.index import Index
 from shards.labels import REASONS
-from shards.manifest import IGNORE, SPLITS, Dataset, Manifest
+from shards.manifest import IGNORE, SPLITS, Dataset, Manifest, Separation
+from shards.report import read_plan, read_report
 from shards.splits import permutation
 from shards.tiles import Tile, read_tile
 
+_LISTED = 12  # scenes in the table for a terminal
 _MARGIN, _LINE = 8, 16
 _SHEET_STREAM = 3
 _PAPER, _INK, _HATCH = (255, 255, 255), (0, 0, 0), (64, 64, 64)
@@ -45,8 +48,18 @@ def summarize(dataset: Dataset) -> dict[str, Any]:
             for info, shares in zip(manifest.classes, class_shares(manifest), strict=True)
         ],
         "splits": {name: split.model_dump() for name, split in manifest.splits.items()},
+        "separation": None if manifest.separation is None else manifest.separation.model_dump(),
         "labelled": manifest.labelled.model_dump(),
+        "shard_files": [shard.model_dump() for shard in manifest.shards],
+        "scene_list": _scene_list(dataset),
+        "notes": read_report(dataset).lines()[1:],
     }
+
+
+def _scene_list(dataset: Dataset) -> list[dict[str, Any]]:
+    """Every scene: id, whether it is labelled, size, CRS as WKT, tiles by split."""
+    keys = ("id", "labelled", "height", "width", "crs", "tiles")
+    return [{key: scene[key] for key in keys} for scene in read_plan(dataset)["scenes"]]
 
 
 def class_shares(manifest: Manifest) -> list[dict[str, float]]:
@@ -66,7 +79,14 @@ def tables(dataset: Dataset) -> list[Table]:
         f"{manifest.name}: {manifest.tile_size} px tiles of {manifest.dtype}, {_codec(manifest)}, "
         f"{len(manifest.scenes)} scenes, protocol {manifest.protocol}, {len(manifest.shards)} shards, {size:.1f} MiB"
     )
-    return [_splits_table(manifest, title), _classes_table(manifest), _bands_table(manifest), _shares_table(manifest)]
+    return [
+        _splits_table(manifest, title),
+        _classes_table(manifest),
+        _bands_table(manifest),
+        _shares_table(manifest),
+        _scenes_table(_scene_list(dataset)),
+        *([_separation_table(manifest.separation)] if manifest.separation else []),
+    ]
 
 
 def _codec(manifest: Manifest) -> str:
@@ -111,9 +131,38 @@ def _bands_table(manifest: Manifest) -> Table:
     return table
 
 
+def _scenes_table(scenes: Sequence[dict[str, Any]]) -> Table:
+    title = f"scenes, {_LISTED} of {len(scenes)}; all with --json" if len(scenes) > _LISTED else "scenes"
+    table = _table(title, ["scene", "width x height", "CRS", "labelled", *SPLITS])
+    for scene in scenes[:_LISTED]:
+        name = _crs_name(scene["crs"])
+        size = f"{scene['width']} x {scene['height']}"
+        table.add_row(
+            scene["id"], size, name, "yes" if scene["labelled"] else "no", *(str(scene["tiles"][s]) for s in SPLITS)
+        )
+    return table
+
+
+def _crs_name(wkt: str | None) -> str:
+    if wkt is None:
+        return "none"
+    crs = CRS.from_wkt(wkt)
+    code = crs.to_epsg()
+    return f"EPSG:{code}" if code else wkt.partition('"')[2].partition('"')[0] or "without a name"
+
+
+def _separation_table(separation: Separation) -> Table:
+    table = _table(f"pixels between tiles of different splits, gap {separation.gap}", ["splits", "least"])
+    for pair, distance in separation.distances.items():
+        table.add_row(pair, "no scene has both" if distance is None else str(distance))
+    return table
+
+
 def _shares_table(manifest: Manifest) -> Table:
     labelled = manifest.labelled
-    table = _table(f"labelled shares, nested, seed {labelled.seed}", ["share", "tiles", "classes missing"])
+    table = _table(
+        f"labelled shares, nested, by {labelled.by}, seed {labelled.seed}", ["share", "tiles", "classes missing"]
+    )
     for share, count in sorted(labelled.shares.items(), key=lambda item: item[1]):
         table.add_row(share, str(count), ", ".join(labelled.missing[share]) or "none")
     return table

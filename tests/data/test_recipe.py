@@ -117,7 +117,11 @@ def test_overrides_win_and_keep_their_types() -> None:
         ("mask={pattern: '(?P<a>.)', ignore: ones}", "key mask.ignore: 'ones' is not known"),
         ("unlabelled=[{folder: x, pattern: '(?P<a>.)(?P<band>.)'}]", "the named group 'band' is for stacks"),
         ("unlabelled=[{folder: x}]", "key unlabelled.0.pattern: is missing"),
-        ("splits.protocol=block", "key splits.protocol: 'block' is not known; it can be 'paper' or 'scene'"),
+        (
+            "splits.protocol=blok",
+            "key splits.protocol: 'blok' is not known; it can be 'paper', 'scene', 'block' or 'files'",
+        ),
+        ("splits.protocol=files", "protocol files needs at least one of splits.files.train, .val and .test"),
         ("codec.image=jpg", "key codec.image: 'jpg' is not known"),
         ("tile.size=big", "key tile.size: "),
         ("tile.stride=600", "stride 600 is larger than size 512"),

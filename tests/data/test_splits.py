@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 from shards.errors import InputError
 from shards.manifest import parse_share, share_count
 from shards.sections import SceneLists, Shares, Splits
-from shards.splits import TEST, TRAIN, UNRANKED, VAL, draw, key_hashes, nested_order, permutation, ranks, scene_splits
+from shards.splits import (
+    TEST,
+    TRAIN,
+    UNRANKED,
+    VAL,
+    draw,
+    key_hashes,
+    nested_order,
+    permutation,
+    ranks,
+    scene_splits,
+    share_length,
+)
 
 
 def test_permutation_is_what_philox_defines() -> None:
@@ -113,6 +125,39 @@ def test_without_lists_labelled_scenes_are_drawn() -> None:
 
 def test_ranks_skip_other_splits_and_tiles_without_a_class() -> None:
     split_of = np.array([TRAIN, TEST, TRAIN, TRAIN, VAL], dtype=np.uint8)
-    rank_of = ranks(0, [1, 1, 0, 2, 3], split_of)
+    rank_of = ranks(0, "tile", [1, 1, 0, 2, 3], split_of, np.zeros(5, dtype=np.uint32))
     assert sorted(rank_of.tolist()) == [0, 1, UNRANKED, UNRANKED, UNRANKED]
     assert rank_of[[1, 2, 4]].tolist() == [UNRANKED] * 3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    scene_of=st.lists(st.integers(0, 7), min_size=1, max_size=60),
+    masks=st.lists(st.integers(0, 15), min_size=60, max_size=60),
+    seed=st.integers(0, 99),
+)
+def test_shares_by_scene_take_whole_scenes_and_nest(scene_of: list[int], masks: list[int], seed: int) -> None:
+    scenes = np.sort(np.array(scene_of, dtype=np.uint32))
+    own = masks[: len(scenes)]
+    rank_of = ranks(seed, "scene", own, np.full(len(scenes), TRAIN, dtype=np.uint8), scenes)
+    labelled = [row for row, mask in enumerate(own) if mask]
+    order = [row for row in np.argsort(rank_of, kind="stable").tolist() if rank_of[row] != UNRANKED]
+    assert sorted(order) == labelled
+    before: set[int] = set()
+    for share in (Fraction(1, 8), Fraction(1, 4), Fraction(1, 2), Fraction(1)):
+        count = share_length(share, "scene", scenes[order])
+        taken = set(order[:count])
+        assert before <= taken
+        chosen = {int(scenes[row]) for row in taken}
+        assert taken == {row for row in labelled if int(scenes[row]) in chosen}
+        of_labelled = {int(scenes[row]) for row in labelled}
+        assert len(chosen) == -(-len(of_labelled) * share.numerator // share.denominator)
+        before = taken
+    assert before == set(labelled)
+
+
+def test_listed_tiles_lead_the_nested_order() -> None:
+    order = nested_order(3, [1, 1, 2, 4, 1, 2], first=[5, 1]).tolist()
+    assert order[:2] == [5, 1]
+    assert order[2] == 3, "the only class that the listed ones lack comes next"
+    assert sorted(order) == list(range(6))

@@ -42,7 +42,7 @@ class DataConfig(_Section):
     labelled_share: Share = Fraction(1)
     batch_labelled: Count = 4
     batch_unlabelled: Count = 4
-    augment: Literal["none", "flips"] = "none"
+    augment: Literal["none", "flips", "weak", "strong"] = "none"
     workers: Annotated[int, Field(ge=0)] = 0  # loader processes a stream and rank; 0 reads in the training process
 
 

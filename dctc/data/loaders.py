@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dctc.data.augment import flips_and_turns
+from dctc.data.augment import Kind, View
 from dctc.data.order import Indices, Layout, RankBatchSampler
 from dctc.data.tiles import RawBatch, TileDataset
 from shards.manifest import IGNORE, Dataset, Manifest
@@ -79,7 +79,7 @@ class TrainingStream:
         number: 0 labelled, 1 unlabelled (``dctc.data.order``).
         rows: index rows of the selected tiles.
         batch: global batch size.
-        augment: "none" or "flips".
+        augment: how each sample is viewed.
     """
 
     dataset: Dataset
@@ -88,7 +88,7 @@ class TrainingStream:
     batch: int
     seed: int
     layout: Layout
-    augment: str
+    augment: Kind
     workers: int
     labels: bool
 
@@ -108,14 +108,9 @@ class TrainingStream:
 
     def _to_device(self, raw: RawBatch, normaliser: Normaliser, device: torch.device) -> DeviceBatch:
         images, valid, labels = (raw[k].to(device, non_blocking=True) for k in ("images", "valid", "labels"))
-        tensors = [
-            normaliser(images, valid),
-            valid,
-            *([torch.where(valid, labels.long(), IGNORE)] if self.labels else []),
-        ]
-        if self.augment == "flips":
-            tensors = flips_and_turns(tensors, raw["positions"], self.seed, self.number)
-        return tensors[0], tensors[1], tensors[2] if self.labels else None
+        truth = torch.where(valid, labels.long(), IGNORE) if self.labels else None
+        view = View(self.augment, self.seed, self.number)
+        return view(normaliser(images, valid), valid, truth, raw["positions"])
 
 
 def evaluation_rows(rows: Indices, batch: int, layout: Layout) -> list[Indices]:

@@ -21,9 +21,9 @@ _ORDER, _AUGMENT = 0, 1  # domains that keep the two uses of one key apart
 Indices = NDArray[np.int64]
 
 
-def _words(seed: int, stream: int, domain: int, number: int, count: int) -> NDArray[np.uint64]:
+def _words(seed: int, stream: int, domain: int, number: int, count: int, group: int = 0) -> NDArray[np.uint64]:
     generator = np.random.Philox(
-        key=np.array([seed, stream], np.uint64), counter=np.array([0, 0, number, domain], np.uint64)
+        key=np.array([seed, stream], np.uint64), counter=np.array([0, group, number, domain], np.uint64)
     )
     return generator.random_raw(count)
 
@@ -44,9 +44,13 @@ def stream_slice(size: int, seed: int, stream: int, start: int, stop: int) -> In
     return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
 
-def augmentation_words(seed: int, stream: int, positions: Indices) -> NDArray[np.uint64]:
-    """One random 64-bit word for each stream position: the randomness of that sample on any layout."""
-    return np.array([_words(seed, stream, _AUGMENT, int(position), 1)[0] for position in positions], np.uint64)
+def augmentation_words(seed: int, stream: int, positions: Indices, count: int = 1, view: int = 0) -> NDArray[np.uint64]:
+    """Random 64-bit words [N,count] for stream positions [N]: the randomness of one view of that sample on any layout.
+
+    Words of a smaller ``count`` are the first of a larger one.
+    """
+    words = [_words(seed, stream, _AUGMENT, int(position), count, view) for position in positions]
+    return np.stack(words) if words else np.empty((0, count), np.uint64)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dctc.data.augment import SYMMETRIES, flips_and_turns, square_symmetry
+from dctc.data.augment import SYMMETRIES, View
+from dctc.data.geometry import square_symmetry
 from dctc.data.loaders import evaluation_rows
 from dctc.data.order import (
     LABELLED,
@@ -70,7 +71,7 @@ def test_pinned_values_never_change() -> None:
     assert permutation(10, seed=0, stream=1, epoch=0).tolist() == [5, 3, 7, 8, 2, 4, 1, 0, 6, 9]
     assert permutation(10, seed=0, stream=0, epoch=1).tolist() == [1, 9, 2, 8, 3, 5, 0, 4, 7, 6]
     assert permutation(10, seed=1, stream=0, epoch=0).tolist() == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4]
-    assert augmentation_words(0, 0, np.arange(3)).tolist() == [
+    assert augmentation_words(0, 0, np.arange(3))[:, 0].tolist() == [
         6312158256571094726,
         8354756903490811466,
         6947585203505507521,
@@ -82,7 +83,7 @@ def test_pinned_values_never_change() -> None:
 def test_the_permutation_sorts_the_words_of_philox(size: int, seed: int, stream: int, epoch: int) -> None:
     words = philox(seed, stream, epoch, 0, size)
     assert permutation(size, seed, stream, epoch).tolist() == sorted(range(size), key=words.__getitem__)
-    assert augmentation_words(seed, stream, np.array([epoch])).tolist() == philox(seed, stream, epoch, 1, 1)
+    assert augmentation_words(seed, stream, np.array([epoch]), 3)[0].tolist() == philox(seed, stream, epoch, 1, 3)
 
 
 @settings(deadline=None)
@@ -229,11 +230,12 @@ def test_image_mask_and_label_are_turned_alike() -> None:
     batch = [(position, position) for position in range(64)]
     images, valid, labels = tiles_of(batch)
     positions = torch.arange(64)
-    turned, turned_valid, turned_labels = flips_and_turns([images, valid, labels], positions, seed=3, stream=0)
+    turned, turned_valid, turned_labels = View("flips", 3, 0)(images, valid, labels, positions)
+    assert turned_labels is not None
     assert torch.equal(turned[:, 0].long(), turned_labels)
     assert torch.equal(turned[:, 1].long(), -turned_labels)
     assert torch.equal(turned_valid, turned_labels % 3 == 0)
-    words = augmentation_words(3, 0, np.arange(64)) % SYMMETRIES
+    words = augmentation_words(3, 0, np.arange(64))[:, 0] % SYMMETRIES
     assert len(set(words.tolist())) == SYMMETRIES
     for sample, word in enumerate(words):
         assert torch.equal(turned_labels[sample], square_symmetry(labels[sample], int(word)))
@@ -247,7 +249,7 @@ def test_augmented_pixels_are_the_same_on_any_layout(ranks: int, micro: int) -> 
             size = GLOBAL // (world * accumulation)
             pieces = [batch[start : start + size] for start in range(0, GLOBAL, size)]  # as each rank sees them
             turned = [
-                flips_and_turns([tiles_of(piece)[0]], torch.tensor([position for position, _ in piece]), 5, 1)[0]
+                View("flips", 5, 1)(*tiles_of(piece), torch.tensor([position for position, _ in piece]))[0]
                 for piece in pieces
             ]
             whole.append(torch.cat(turned))
@@ -259,7 +261,7 @@ def test_augmented_pixels_are_the_same_on_any_layout(ranks: int, micro: int) -> 
 
 def test_a_tile_is_turned_anew_each_epoch() -> None:
     words = (
-        augmentation_words(0, 0, np.arange(0, 31 * 20, 31)) % SYMMETRIES
+        augmentation_words(0, 0, np.arange(0, 31 * 20, 31))[:, 0] % SYMMETRIES
     )  # one tile's positions were the order fixed
     assert len(set(words.tolist())) > 4
     assert not np.array_equal(augmentation_words(0, 0, np.arange(9)), augmentation_words(0, 1, np.arange(9)))

@@ -1,0 +1,174 @@
+"""Views and CutMix: the same for a stream position whatever the batch; labels and validity go with the image."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dctc.data.augment import CUTMIX_VIEW, Kind, View, cutmix_masks, mix, partners
+from dctc.data.geometry import rescale
+from dctc.data.order import augmentation_words
+
+IGNORE = 255
+KINDS: list[Kind] = ["none", "flips", "weak", "strong"]
+
+
+def batch(count: int, size: int = 32, bands: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Images that carry their labels: band 0 is the label as a number; some pixels are not valid."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(0, 6, (count, size // 8, size // 8), generator=generator)
+    labels = blocks.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    valid = torch.rand(count, size, size, generator=generator) > 0.1
+    images = torch.randn(count, bands, size, size, generator=generator)
+    images[:, 0] = labels.float()
+    images = torch.where(valid[:, None], images, 0.0)
+    return images, valid, torch.where(valid, labels, IGNORE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bands", [1, 3, 8])
+def test_a_sample_does_not_depend_on_its_batch(kind: Kind, bands: int) -> None:
+    images, valid, labels = batch(12, bands=bands)
+    positions = torch.arange(100, 112)
+    view = View(kind, seed=7, stream=1)
+    together = view(images, valid, labels, positions)
+    for part in (slice(0, 1), slice(3, 8), torch.tensor([11, 2, 7])):
+        alone = view(images[part], valid[part], labels[part], positions[part])
+        for whole, piece in zip(together, alone, strict=True):
+            assert whole is not None
+            assert piece is not None
+            assert torch.equal(whole[part], piece)
+
+
+def test_none_changes_nothing_and_others_do() -> None:
+    images, valid, labels = batch(8)
+    positions = torch.arange(8)
+    same = View("none", 0, 0)(images, valid, labels, positions)
+    assert same[0] is images
+    seen = [View(kind, 0, 0)(images, valid, labels, positions)[0] for kind in KINDS]
+    assert all(not torch.equal(a, b) for k, a in enumerate(seen) for b in seen[k + 1 :])
+    assert not torch.equal(View("weak", 1, 0)(images, valid, labels, positions)[0], seen[2]), "the seed counts"
+    assert not torch.equal(View("weak", 0, 1)(images, valid, labels, positions)[0], seen[2]), "the stream counts"
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), size=st.sampled_from([32, 64, 96]))
+def test_labels_follow_the_image(seed: int, size: int) -> None:
+    """Band 0 is the label; away from borders, where it is interpolated, it still is after scaling and turning."""
+    images, valid, labels = batch(4, size, seed=seed)
+    moved, seen, truth = View("weak", seed, 0)(images, valid, labels, torch.arange(4))
+    assert truth is not None
+    assert ((truth == IGNORE) == ~seen).all(), "valid pixels keep labels, others are ignored"
+    assert (moved[~seen[:, None].expand_as(moved)] == 0).all()
+    flat = torch.nn.functional.max_pool2d(truth[:, None].float(), 5, 1, 2) == -torch.nn.functional.max_pool2d(
+        -truth[:, None].float(), 5, 1, 2
+    )
+    inside = flat[:, 0] & seen
+    inside[:, :3] = inside[:, -3:] = inside[..., :3] = inside[..., -3:] = False  # the next pixel is not in sight there
+    assert inside.any()
+    assert torch.allclose(moved[:, 0][inside], truth[inside].float(), atol=1e-3)
+
+
+def test_a_scale_of_one_and_of_two_by_hand() -> None:
+    images, valid, labels = batch(2, 16)
+    same = rescale(images, valid, labels, np.ones(2), np.full((2, 2), 0.3))
+    assert torch.allclose(same[0], images, atol=1e-5)
+    assert torch.equal(same[1], valid)
+    assert same[2] is not None
+    assert torch.equal(same[2], labels)
+    corner = rescale(images, valid, labels, np.full(2, 2.0), np.zeros((2, 2)))
+    assert corner[2] is not None
+    assert torch.equal(corner[2], labels[:, :8, :8].repeat_interleave(2, 1).repeat_interleave(2, 2))
+    small = rescale(images, valid, None, np.full(2, 0.5), np.zeros((2, 2)))
+    assert small[2] is None
+    assert not small[1][:, 8:].any()
+    assert not small[1][:, :, 8:].any()
+
+
+def test_scales_are_spread_over_the_whole_range() -> None:
+    ones = torch.ones(400, 1, 8, 8)
+    seen = View("weak", 3, 0)(ones, torch.ones(400, 8, 8, dtype=torch.bool), None, torch.arange(400))[1]
+    share = seen.float().mean(dim=(1, 2))
+    assert 0.4 < (share < 1).float().mean() < 0.6, "half of the scales shrink the picture"
+    assert share.min() <= 0.3
+
+
+def test_strong_views_differ_by_number_and_share_a_geometry() -> None:
+    images, valid, labels = batch(6, 64)
+    positions = torch.arange(6)
+    weak = View("weak", 0, 1, number=0)
+    first, second = (View("strong", 0, 1, number=k, geometry=0) for k in (1, 2))
+    _, seen, truth = weak(images, valid, labels, positions)
+    (a, valid_a, truth_a), (b, valid_b, _) = (view(images, valid, labels, positions) for view in (first, second))
+    assert not torch.equal(a, b)
+    assert truth is not None
+    assert truth_a is not None
+    assert torch.equal(truth_a[valid_a], truth[valid_a])
+    assert (valid_a <= seen).all()
+    assert (valid_b <= seen).all()
+    assert (truth_a[~valid_a] == IGNORE).all()
+
+
+def test_photometry_is_finite_moderate_and_keeps_what_is_not_valid_at_zero() -> None:
+    images, valid, _ = batch(64, 32, bands=5)
+    valid[0] = False
+    images[0] = 0
+    strong, seen = View("strong", 0, 0).colour(images, valid, torch.arange(64))
+    assert strong.isfinite().all()
+    assert (strong[~seen[:, None].expand_as(strong)] == 0).all()
+    cut = (valid & ~seen).flatten(1).any(dim=1).float().mean()
+    assert 0.25 < cut < 0.7, "about half of the samples lose a box"
+    assert (valid & ~seen).float().mean() < 0.25
+    assert strong.abs().max() < 100
+    assert not torch.equal(strong[1], images[1])
+
+
+# ---- CutMix
+
+
+def test_boxes_against_the_formula() -> None:
+    positions, rows = torch.arange(10, 20), torch.arange(10)
+    masks = cutmix_masks(5, 0, positions, rows, 40, torch.device("cpu"))
+    words = augmentation_words(5, 0, positions.numpy(), 3, CUTMIX_VIEW)
+    for sample in range(10):
+        u = [int(word) // 2**11 / 2**53 for word in words[sample]]
+        side = int(40 * u[0] ** 0.5)
+        top, left = int(u[1] * (40 - side + 1)), int(u[2] * (40 - side + 1))
+        expected = np.zeros((40, 40), dtype=bool)
+        expected[top : top + side, left : left + side] = True
+        assert np.array_equal(masks[sample].numpy(), expected)
+
+
+def test_partners_are_the_other_one_of_a_pair() -> None:
+    assert partners(6, torch.device("cpu")).tolist() == [1, 0, 3, 2, 5, 4]
+    with pytest.raises(ValueError, match="3 is odd"):
+        partners(3, torch.device("cpu"))
+
+
+def test_a_tile_is_never_mixed_with_itself() -> None:
+    masks = cutmix_masks(0, 1, torch.arange(6), torch.tensor([4, 4, 1, 2, 9, 9]), 16, torch.device("cpu"))
+    assert not masks[[0, 1, 4, 5]].any()
+    assert masks[[2, 3]].any()
+
+
+def test_the_area_is_uniform() -> None:
+    masks = cutmix_masks(0, 0, torch.arange(2000), torch.arange(2000), 64, torch.device("cpu"))
+    area = masks.float().mean(dim=(1, 2))
+    assert abs(float(area.mean()) - 0.5) < 0.03
+    assert abs(float((area < 0.25).float().mean()) - 0.25) < 0.04
+
+
+def test_mixing_takes_the_partner_inside_the_box() -> None:
+    images, valid, labels = batch(4, 16)
+    rows = torch.arange(4)
+    masks, other = cutmix_masks(1, 0, rows, rows, 16, torch.device("cpu")), partners(4, torch.device("cpu"))
+    for tensor in (images, valid, labels, torch.rand(4, 6, 16, 16)):
+        mixed = mix(tensor, masks, other)
+        for sample in range(4):
+            box = masks[sample].expand_as(tensor[sample])
+            assert torch.equal(mixed[sample][box], tensor[sample ^ 1][box])
+            assert torch.equal(mixed[sample][~box], tensor[sample][~box])

@@ -25,7 +25,7 @@ from shards.sections import ClassColor
 # the border of two pixels lies exactly there, and the same pixels are hit from whatever row the drawing starts.
 _STEP = 2.0**-22
 
-_ROWS = 256  # drawn at once
+_BLOCK = 2**25  # pixels drawn at once: 32 MiB; each block takes all features that reach it into GDAL's form again
 
 Array = npt.NDArray[Any]
 
@@ -157,7 +157,7 @@ class VectorLabel:
     @property
     def block_height(self) -> int:
         """Rows that are best drawn together."""
-        return _ROWS
+        return max(1, _BLOCK // self._grid.width)
 
     def _target(self, text: str) -> str | None:
         """Class name or "ignore" of an attribute's value; None if the recipe does not know it."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,24 +66,43 @@ def shard(
     overrides: Overrides = None,
     root: Annotated[Path, typer.Option(help="the folder that the recipe's patterns start from")] = Path(),
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")] = None,
+    dask: Annotated[str | None, typer.Option(metavar="ADDRESS", help="a Dask scheduler, tcp://host:8786")] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="go on with what is there, or start anew")] = True,
     verify: Annotated[bool, typer.Option("--verify", help="re-hash what is there before going on with it")] = False,
+    picture: Annotated[Path | None, typer.Option(help="contact sheet of tiles; default: OUT/preview.png")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Pack scenes into a dataset folder of tar shards. The bytes do not depend on workers or interruptions.
 
     Example: dctc shard configs/data/synthetic.yaml datasets/synthetic --root scenes/synthetic
     """
-    from shards.pack import pack
+    from shards.pack import PREVIEW, pack
+    from shards.progress import shown
     from shards.recipe import load_recipe
+    from shards.summary import contact_sheet, summarize
+    from shards.tasks import terminable
 
+    if workers is not None and dask is not None:
+        raise InputError("--workers and --dask exclude each other: a cluster has as many workers as were started")
     plan = load_recipe(recipe, overrides or [])
-    with _bar("packing") as advance:
-        dataset = pack(
-            plan, root, folder, workers=workers or os.cpu_count() or 1, resume=resume, verify=verify, progress=advance
-        )
+    told = Console(stderr=True)  # a bar there, or plain lines among what is printed, where that is no JSON
+    try:
+        with terminable(), shown(told if as_json or told.is_terminal else out) as progress:
+            dataset = pack(
+                plan, root, folder, workers=workers or os.cpu_count() or 1, dask=dask, resume=resume, verify=verify,
+                progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        print(f"stopped: {folder} keeps what is finished; run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(75) from None
+    contact_sheet(dataset, picture or folder / PREVIEW)
+    if as_json:
+        print(json.dumps(summarize(dataset) | {"report": asdict(dataset.report)}, indent=1))
+        return
     _show_dataset(dataset)
     for line in dataset.report.lines():
         out.print(line, markup=False)
+    out.print(f"contact sheet {picture or folder / PREVIEW}", markup=False)
 
 
 @app.command()
@@ -362,6 +383,9 @@ def _show_evaluation(record: dict[str, Any], headline: str) -> None:
 
 def main() -> None:
     """The entry point: bad input is one message and exit code 2, anything unforeseen a traceback and 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a locale without a table's lines is no reason to fail
     try:
         app()
     except InputError as error:

@@ -8,24 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shards.bandstats import Statistics
-from shards.codec import decode_image
+from shards.codec import MASK_MEMBER, member_name, read_image
 from shards.errors import InputError
 from shards.files import atomic_file, file_sha256, write_atomic
+from shards.progress import Work
+from shards.sections import Codec
 from shards.stage import Blob, StagedTile, read_blob
-from shards.tar import SUFFIXES, TarWriter
+from shards.tar import TarWriter
 
 
 class Placed(BaseModel):
-    """Where a tile's members lie in their shard: byte offsets and sizes; a label of size 0 is absent."""
+    """Where a tile's members lie in their shard: byte offsets and sizes; a member of size 0 is absent."""
 
     model_config = ConfigDict(frozen=True)
 
     row: int
     image_offset: int
     image_size: int
+    mask_offset: int = 0
+    mask_size: int = 0
     label_offset: int = 0
     label_size: int = 0
     meta_offset: int
@@ -51,8 +56,10 @@ class AssembleTask:
     staging: Path
     name: str
     plan_sha256: str
+    codec: Codec
     dtype: str
     bands: int
+    tile_size: int
     statistics: bool  # gather band statistics: training shards only
     tiles: list[tuple[int, str, StagedTile]]
 
@@ -91,8 +98,8 @@ def is_assembled(task: AssembleTask, verify: bool) -> bool:
     return not verify or file_sha256(task.path) == record.sha256
 
 
-def assemble_shard(task: AssembleTask) -> str:
-    """Write one shard and its sidecar; its name.
+def assemble_shard(task: AssembleTask) -> Work:
+    """Write one shard and its sidecar.
 
     Raises:
         InputError: when a staged member is damaged.
@@ -107,28 +114,33 @@ def assemble_shard(task: AssembleTask) -> str:
         statistics.save(task.statistics_file)
     record = ShardRecord(plan_sha256=task.plan_sha256, bytes=writer.bytes, sha256=digest, placed=placed)
     write_atomic(task.sidecar, record.model_dump_json().encode())
-    return task.name
+    return Work(len(task.tiles), writer.bytes)
 
 
 def _copy(task: AssembleTask, writer: TarWriter, statistics: Statistics | None) -> Iterator[Placed]:
+    names = {
+        "image": member_name("image", task.codec.image),
+        "mask": MASK_MEMBER,
+        "label": member_name("label", task.codec.label),
+        "meta": "meta.json",
+    }
+    pixels = np.empty((task.bands, task.tile_size, task.tile_size), task.dtype)
+    valid = np.empty(pixels.shape[1:], dtype=np.bool_)
     for row, scene, tile in task.tiles:
+        places, data = {}, {}
         with (task.staging / f"{scene}.tiles").open("rb") as staged:
-            offsets = []
-            for suffix, blob in zip(SUFFIXES, (tile.image, tile.label, tile.meta), strict=True):
-                data = _checked(task, staged, tile.key, blob) if blob else b""
-                offsets.append(writer.add(f"{tile.key}.{suffix}", data) if blob else 0)
-                if statistics is not None and blob is tile.image:
-                    array, valid = decode_image(data)
-                    statistics.add(array.reshape(len(array), -1) if valid is None else array[:, valid])
-            yield Placed(
-                row=row,
-                image_offset=offsets[0],
-                image_size=tile.image.size,
-                label_offset=offsets[1],
-                label_size=tile.label.size if tile.label else 0,
-                meta_offset=offsets[2],
-                meta_size=tile.meta.size,
-            )
+            for name, blob in tile.members:
+                data[name] = _checked(task, staged, tile.key, blob)
+                places[f"{name}_offset"] = writer.add(f"{tile.key}.{names[name]}", data[name])
+                places[f"{name}_size"] = blob.size
+            if statistics is not None and tile.histogram is not None:
+                data["histogram"] = _checked(task, staged, tile.key, tile.histogram)
+        if statistics is not None and "histogram" in data:
+            statistics.add_counts(np.frombuffer(data["histogram"], np.int32).reshape(task.bands, -1))
+        elif statistics is not None:
+            read_image(task.codec.image, data["image"], data.get("mask"), pixels, valid)
+            statistics.add(pixels.reshape(len(pixels), -1) if valid.all() else pixels[:, valid])
+        yield Placed(row=row, **places)
 
 
 def _checked(task: AssembleTask, file: IO[bytes], key: str, blob: Blob) -> bytes:

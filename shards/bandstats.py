@@ -52,14 +52,19 @@ class Statistics:
     def add(self, pixels: npt.NDArray[Any]) -> None:
         """Count the valid pixels [C, N] of one tile."""
         for band, values in enumerate(pixels):
-            codes = _encode(values)
-            if self.counts.shape[1] <= 1 << 16:
-                self.counts[band] += np.bincount(codes, minlength=self.counts.shape[1])
-            else:
-                found, counts = np.unique(codes, return_counts=True)
-                self.counts[band, found] += counts
+            if values.dtype == np.uint8:
+                self.counts[band] += histogram(values)
+            elif len(values):
+                codes = _encode(values)
+                first = codes.min()
+                counts = np.bincount(codes - first)  # values of one tile lie near each other
+                self.counts[band, first : first + len(counts)] += counts
         if self.dtype == "float32" and pixels.shape[1]:
             self.moments.append(_moments(pixels.astype(np.float64)))
+
+    def add_counts(self, counts: npt.NDArray[np.integer[Any]]) -> None:
+        """Count the valid pixels of one tile of integers by their histograms [C, codes]."""
+        self.counts += counts
 
     def merge(self, other: Statistics) -> None:
         """Add the pixels of ``other``."""
@@ -94,6 +99,16 @@ class Statistics:
             low, high = float(values[0]), float(values[-1])
         percentiles = {str(p): min(max(_percentile(values, counts, p), low), high) for p in PERCENTILES}
         return BandSummary(mean, std, low, high, percentiles)
+
+
+def histogram(values: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """How often each value 0 to 255 occurs in an array [N], int64 [256]."""
+    if values.size % 2:
+        return np.bincount(values, minlength=256)
+    # Two pixels at a time: bincount's cost is that of the elements, not of the bins.
+    pairs = np.bincount(np.ascontiguousarray(values).view(np.uint16), minlength=1 << 16).reshape(256, 256)
+    counts: npt.NDArray[np.int64] = pairs.sum(axis=0) + pairs.sum(axis=1)
+    return counts
 
 
 def _encode(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

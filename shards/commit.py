@@ -9,8 +9,9 @@ from pathlib import Path
 
 from shards.assemble import AssembleTask, ShardRecord, read_record
 from shards.bandstats import Statistics
+from shards.codec import LOSSY
 from shards.errors import InputError
-from shards.files import TEMPORARY, write_atomic
+from shards.files import write_atomic
 from shards.index import COLUMNS, Column, empty_columns, write_index
 from shards.manifest import (
     IGNORE,
@@ -24,9 +25,10 @@ from shards.manifest import (
     dump_manifest,
 )
 from shards.plan import Plan, has_classes, labelled_subsets, split_infos
+from shards.sections import Codec
 
 _NAMES = "|".join([*(rf"{split}-\d{{6}}\.tar" for split in SPLITS), *(rf"{name}\.npy" for name in COLUMNS)])
-_OURS = re.compile(rf"(?:{_NAMES})|\.(?:{_NAMES})\.\d+{re.escape(TEMPORARY)}")
+_OURS = re.compile(_NAMES)
 
 
 def commit(plan: Plan, tasks: Sequence[AssembleTask], out: Path) -> None:
@@ -64,7 +66,7 @@ def _manifest(
         protocol=recipe.splits.protocol,
         tile_size=recipe.tile.size,
         stride=recipe.tile.step,
-        codec=recipe.codec.model_dump(),
+        codec=_codec(recipe.codec),
         dtype=plan.dtype,
         bands=_bands(plan, tasks),
         classes=[ClassInfo(name=c.name, color=c.color) for c in recipe.classes],
@@ -88,6 +90,11 @@ def _manifest(
     )
 
 
+def _codec(codec: Codec) -> dict[str, str]:
+    found = {"image": codec.image, "label": codec.label, "lossy": "no"}
+    return found | {"lossy": "yes", "quality": str(codec.quality)} if codec.image in LOSSY else found
+
+
 def _bands(plan: Plan, tasks: Sequence[AssembleTask]) -> list[Band]:
     names = plan.recipe.bands.names
     total = Statistics(plan.dtype, len(names))
@@ -103,11 +110,12 @@ def build_columns(plan: Plan, records: Sequence[ShardRecord]) -> dict[str, Colum
     for number, record in enumerate(records):
         for placed in record.placed:
             columns["shard"][placed.row] = number
-            for name in ("image", "label", "meta"):
+            for name in ("image", "mask", "label", "meta"):
                 for what in ("offset", "size"):
                     columns[f"{name}_{what}"][placed.row] = getattr(placed, f"{name}_{what}")
     columns["image_crc32"][:] = [tile.image.crc32 for tile in plan.tiles]
     columns["label_crc32"][:] = [tile.label.crc32 if tile.label else 0 for tile in plan.tiles]
+    columns["mask_crc32"][:] = [tile.mask.crc32 if tile.mask else 0 for tile in plan.tiles]
     columns["classes"][:] = [tile.classes for tile in plan.tiles]
     columns["valid_share"][:] = [tile.valid_share for tile in plan.tiles]
     columns["scene"][:] = plan.scene_of

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-TEMPORARY = ".tmp"
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that gets the name ``path`` when the block ends well and leaves nothing behind otherwise."""
-    # The process id keeps a dying predecessor, which may still write, out of its successor's file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    # A name of its own keeps a dying or cut-off predecessor, which may still write, out of its successor's file.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -32,6 +34,13 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write ``data`` to ``path`` at once."""
     with atomic_file(path) as file:
         file.write(data)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what processes that were killed have left of files that they had begun; nobody else may write there."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink()
 
 
 def file_sha256(path: Path) -> str:

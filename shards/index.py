@@ -178,9 +178,9 @@ def _read_contents(path: Path, tiles: Any, scene_of: Mapping[str, int]) -> None:
             tile["scene"] = scene_of[meta["scene"]]
             tile["valid_share"] = meta["valid_share"]
             tile["classes"] = sum(1 << k for k in meta["classes"])
-            tile["image_crc32"] = zlib.crc32(read(tile, "image"))
-            if "label_size" in tile:
-                tile["label_crc32"] = zlib.crc32(read(tile, "label"))
+            for what in ("image", "label", "mask"):
+                if f"{what}_size" in tile:
+                    tile[f"{what}_crc32"] = zlib.crc32(read(tile, what))
 
 
 def _columns(dataset: Dataset, tiles: Mapping[str, Mapping[str, Any]]) -> dict[str, Column]:

@@ -121,7 +121,7 @@ def _shards(
 
 
 def _blobs(tile: StagedTile) -> list[Blob]:
-    return [blob for blob in (tile.image, tile.label, tile.meta) if blob is not None]
+    return [blob for _, blob in tile.members]
 
 
 def split_infos(plan: Plan) -> dict[str, SplitInfo]:

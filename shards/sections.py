@@ -145,5 +145,6 @@ class ShardSize(Section):
 class Codec(Section):
     """How a tile becomes bytes."""
 
-    image: Literal["geotiff"] = "geotiff"
-    label: Literal["geotiff"] = "geotiff"
+    image: Literal["geotiff", "npy", "jpeg", "png"] = "geotiff"
+    label: Literal["geotiff", "npy", "png"] = "geotiff"
+    quality: Annotated[int, Field(ge=1, le=100)] = 95  # of jpeg, the only lossy one

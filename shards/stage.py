@@ -7,6 +7,7 @@ says what lies where. Both are pure functions of the recipe and of the scene's f
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import zlib
 from collections.abc import Iterator
@@ -20,17 +21,20 @@ import rasterio
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rasterio.transform import Affine
 
-from shards.codec import encode_image, encode_label
+from shards.bandstats import histogram
+from shards.codec import LOSSY, encode_image, encode_label, encode_mask, encoder_versions, holds_mask
 from shards.errors import InputError
 from shards.files import atomic_file, write_atomic
 from shards.labels import FIRST_REASON, REASONS
 from shards.manifest import IGNORE
+from shards.progress import Work
 from shards.rasters import place_of
-from shards.reading import LabelCount, SceneReader, open_scene
+from shards.reading import LabelCount, SceneReader, Tile, open_scene
 from shards.recipe import Recipe
 from shards.scenes import Scene, input_files
 from shards.tiling import Window
 
+STAGING_VERSION = "3"  # raise it when tiles are encoded or recorded otherwise: nothing staged before is then used
 CACHE_MB = 64  # of decoded source blocks, in each process
 
 
@@ -54,9 +58,17 @@ class StagedTile(_Record):
     classes: int
     pixels: list[int]
     ignored: dict[str, int]
+    histogram: Blob | None = None  # uint8 that is stored as it is: int32 [C,256] of the valid pixels
     image: Blob
+    mask: Blob | None = None  # only where the image's codec holds no mask and the tile is not wholly valid
     label: Blob | None
     meta: Blob
+
+    @property
+    def members(self) -> list[tuple[str, Blob]]:
+        """What there is, by name, in the order in which it stands in a shard."""
+        blobs = {"image": self.image, "mask": self.mask, "label": self.label, "meta": self.meta}
+        return [(name, blob) for name, blob in blobs.items() if blob is not None]
 
 
 class Source(_Record):
@@ -106,7 +118,8 @@ class StageTask:
     @property
     def digest(self) -> str:
         """Names everything but the inputs that decides the bytes of the tiles, the encoder included."""
-        parts = [self.recipe.tile_digest, self.scene.id, *self.scene.files, rasterio.__gdal_version__]
+        encoder = [STAGING_VERSION, importlib.metadata.version("dctc"), *encoder_versions(self.recipe.codec.image)]
+        parts = [self.recipe.tile_digest, self.scene.id, *self.scene.files, *encoder]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -152,7 +165,7 @@ def _is_unchanged(root: Path, source: Source, verify: bool) -> bool:
 
 def _tiles_are_sound(path: Path, staged: StagedScene) -> bool:
     with path.open("rb") as file:
-        blobs = (blob for tile in staged.tiles for blob in (tile.image, tile.label, tile.meta) if blob)
+        blobs = (blob for tile in staged.tiles for blob in (*dict(tile.members).values(), tile.histogram) if blob)
         return all(zlib.crc32(read_blob(file, blob)) == blob.crc32 for blob in blobs)
 
 
@@ -162,8 +175,8 @@ def read_blob(file: IO[bytes], blob: Blob) -> bytes:
     return file.read(blob.size)
 
 
-def stage_scene(task: StageTask) -> str:
-    """Stage one scene; its id.
+def stage_scene(task: StageTask) -> Work:
+    """Stage one scene.
 
     Raises:
         InputError: when a file cannot be read to its end or too much of the label is unknown to the recipe.
@@ -191,7 +204,7 @@ def stage_scene(task: StageTask) -> str:
             tiles=tiles,
         )
     write_atomic(task.sidecar, record.model_dump_json().encode())
-    return task.scene.id
+    return Work(len(tiles), record.size)
 
 
 def _staged_tiles(task: StageTask, reader: SceneReader, target: IO[bytes]) -> Iterator[StagedTile]:
@@ -200,17 +213,23 @@ def _staged_tiles(task: StageTask, reader: SceneReader, target: IO[bytes]) -> It
         target.write(data)
         return Blob(offset=offset, size=len(data), crc32=zlib.crc32(data))
 
-    classes = len(task.recipe.classes)
+    classes, codec = len(task.recipe.classes), task.recipe.codec
     for tile in reader.tiles():
-        counts = np.zeros(256, dtype=np.int64) if tile.codes is None else np.bincount(tile.codes.ravel(), minlength=256)
+        counted = tile.image.dtype == np.uint8 and codec.image not in LOSSY
+        counts = np.zeros(256, dtype=np.int64) if tile.codes is None else histogram(tile.codes.ravel())
         pixels = counts[:classes].tolist()
         share = _share(tile.valid)
         transform = _moved(reader.grid.transform, tile.window)
-        image = put(encode_image(tile.image, tile.valid, reader.crs_wkt, transform))
+        image = put(
+            encode_image(tile.image, tile.valid, reader.crs_wkt, transform, codec=codec.image, quality=codec.quality)
+        )
+        mask = put(encode_mask(tile.valid)) if share < 1 and not holds_mask(codec.image) else None
         label = None
         if tile.codes is not None:
-            ids = np.where(tile.codes >= FIRST_REASON, np.uint8(IGNORE), tile.codes)
-            label = put(encode_label(ids, reader.crs_wkt, transform))
+            ids = tile.codes
+            if counts[FIRST_REASON:].any():
+                ids = np.where(ids >= FIRST_REASON, np.uint8(IGNORE), ids)
+            label = put(encode_label(ids, reader.crs_wkt, transform, codec=codec.label))
         present = [k for k, count in enumerate(pixels) if count]
         yield StagedTile(
             key=tile_key(task.scene.id, tile.window),
@@ -218,7 +237,9 @@ def _staged_tiles(task: StageTask, reader: SceneReader, target: IO[bytes]) -> It
             classes=sum(1 << k for k in present),
             pixels=pixels,
             ignored={reason: int(counts[code]) for reason, code in REASONS.items()},
+            histogram=put(_histograms(tile, share)) if counted else None,
             image=image,
+            mask=mask,
             label=label,
             meta=put(_meta(task, reader.crs_wkt, tile.window, transform, share, present)),
         )
@@ -236,8 +257,15 @@ def tile_key(scene: str, window: Window) -> str:
 
 def _share(valid: npt.NDArray[np.bool_]) -> float:
     """Share of valid pixels, rounded to the float32 of the index but below 1 unless all are valid."""
-    share = np.float32(valid.mean(dtype=np.float64))
-    return float(share if valid.all() else min(share, np.nextafter(np.float32(1), np.float32(0))))
+    count = np.count_nonzero(valid)
+    share = np.float32(count / valid.size)
+    return float(share if count == valid.size else min(share, np.nextafter(np.float32(1), np.float32(0))))
+
+
+def _histograms(tile: Tile, share: float) -> bytes:
+    """Counted while the pixels are at hand, since which tiles train is known only when all are."""
+    bands = tile.image.reshape(len(tile.image), -1) if share == 1 else tile.image[:, tile.valid]
+    return np.stack([histogram(band) for band in bands]).astype(np.int32).tobytes()
 
 
 def _meta(

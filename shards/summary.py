@@ -61,11 +61,17 @@ def class_shares(manifest: Manifest) -> list[dict[str, float]]:
 def tables(dataset: Dataset) -> list[Table]:
     """The same for a terminal."""
     manifest = dataset.manifest
+    size = sum(shard.bytes for shard in manifest.shards) / 2**20
     title = (
-        f"{manifest.name}: {manifest.tile_size} px tiles of {manifest.dtype}, {len(manifest.scenes)} scenes, protocol "
-        f"{manifest.protocol}, {len(manifest.shards)} shards, {sum(s.bytes for s in manifest.shards) / 2**20:.1f} MiB"
+        f"{manifest.name}: {manifest.tile_size} px tiles of {manifest.dtype}, {_codec(manifest)}, "
+        f"{len(manifest.scenes)} scenes, protocol {manifest.protocol}, {len(manifest.shards)} shards, {size:.1f} MiB"
     )
     return [_splits_table(manifest, title), _classes_table(manifest), _bands_table(manifest), _shares_table(manifest)]
+
+
+def _codec(manifest: Manifest) -> str:
+    codec = manifest.codec
+    return f"{codec['image']} images" + (f" (lossy, quality {codec['quality']})" if codec.get("lossy") == "yes" else "")
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

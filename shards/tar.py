@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from shards.errors import InputError
 
 BLOCK = tarfile.BLOCKSIZE
-SUFFIXES = ("image.tif", "label.tif", "meta.json")
 
 
 def member_bytes(size: int) -> int:
     """Bytes that a member of ``size`` bytes takes in an archive, header and padding included."""
     return BLOCK + -(-size // BLOCK) * BLOCK
+
+
+def archive_bytes(sizes: Iterable[int]) -> int:
+    """Bytes of a whole archive of members of these sizes."""
+    end = sum(map(member_bytes, sizes)) + 2 * BLOCK
+    return end + -end % tarfile.RECORDSIZE
 
 
 class TarWriter:

@@ -35,9 +35,11 @@ def read_tile(dataset: Dataset, index: Index, row: int) -> Tile:
     path = dataset.root / dataset.manifest.shards[int(index.shard[row])].name
     try:
         with path.open("rb") as file:
-            image, valid = decode_image(_member(dataset, index, row, "image", file))
+            codec = dataset.manifest.codec
+            mask = _member(dataset, index, row, "mask", file) if int(index.mask_size[row]) else None
+            image, valid = decode_image(_member(dataset, index, row, "image", file), codec["image"], mask)
             labelled = int(index.label_size[row]) > 0
-            label = decode_label(_member(dataset, index, row, "label", file)) if labelled else None
+            label = decode_label(_member(dataset, index, row, "label", file), codec["label"]) if labelled else None
             file.seek(int(index.meta_offset[row]))
             meta = json.loads(file.read(int(index.meta_size[row])))
     except FileNotFoundError:

@@ -62,13 +62,13 @@ def _damaged_tiles(dataset: Dataset, index: Index, shard: int) -> str:
     bad = []
     with path.open("rb") as file:
         for row in np.flatnonzero(index.shard == shard).tolist():
-            for what in ("image", "label"):
+            for what in ("image", "mask", "label"):
                 size = int(getattr(index, f"{what}_size")[row])
                 file.seek(int(getattr(index, f"{what}_offset")[row]))
                 if size and zlib.crc32(file.read(size)) != int(getattr(index, f"{what}_crc32")[row]):
                     bad.append(f"{_name(dataset, index, row)} ({what})")
     if not bad:
-        return "; no image or label is touched"
+        return "; no image, mask or label is touched"
     more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
     return f"; damaged tiles: {', '.join(bad[:_NAMED])}{more}"
 

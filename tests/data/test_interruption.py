@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from shards.errors import InputError
 from shards.index import Index
 from shards.manifest import Dataset
 from shards.pack import Packed, pack
+from shards.progress import Report, State
 from shards.recipe import Recipe
 from shards.tiles import read_tile
 from shards.verify import verify
@@ -31,7 +31,7 @@ from tests.data import layouts
 
 if __name__ == "__main__":
     recipe = layouts.recipe("potsdam", "shards.megabytes=0.1", 'splits.scene.val=["7_7"]')
-    report = lambda step, done, total: print(step, done, total, flush=True)
+    report = lambda state: print(state.step, state.done, state.total, flush=True)
     pack(recipe, Path(sys.argv[1]), Path(sys.argv[2]), workers=int(sys.argv[3]), progress=report)
 """
 
@@ -75,9 +75,9 @@ def test_killed_and_resumed_gives_the_same_bytes(packed: Packed, towns: Path, tm
     while alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive(process.pid), "workers outlive their parent"
-    steps: list[tuple[str, int, int]] = []
-    pack(same_recipe(), towns, out, progress=lambda *step: steps.append(step))
-    kept = {step: done for step, done, _ in reversed(steps)}
+    states: list[State] = []
+    pack(same_recipe(), towns, out, progress=states.append)
+    kept = {state.step: state.done for state in reversed(states)}
     assert kept["stage"] >= (3 if moment.startswith("stage") else 7)
     assert kept["assemble"] >= (0 if moment.startswith("stage") else 4)
     assert digests(out) == digests(packed.root)
@@ -137,9 +137,9 @@ def test_a_changed_scene_is_staged_again(packed: Packed, towns: Path, tmp_path: 
     assert digests(pack(same_recipe(), root, out).root) == digests(packed.root)
 
 
-def stop_at(step: str, done: int) -> Callable[[str, int, int], None]:
-    def progress(now: str, finished: int, _: int) -> None:
-        if (now, finished) == (step, done):
+def stop_at(step: str, done: int) -> Report:
+    def progress(state: State) -> None:
+        if (state.step, state.done) == (step, done):
             raise KeyboardInterrupt
 
     return progress
@@ -162,8 +162,8 @@ def flip(path: Path, place: int) -> None:
 
 
 def test_two_writers_do_not_mix(towns: Path, tmp_path: Path) -> None:
-    def second(step: str, done: int, total: int) -> None:
-        if (step, done) == ("stage", 1):
+    def second(state: State) -> None:
+        if (state.step, state.done) == ("stage", 1):
             with pytest.raises(InputError, match="another `dctc shard` is at work there"):
                 pack(same_recipe(), towns, tmp_path / "set")
 

@@ -21,11 +21,11 @@ from shards.inputs import IGNORE_WORD, Vector, value_text
 from shards.labels import IGNORE_VALUE, UNLABELLED, UNMATCHED
 from shards.sections import ClassColor
 
-# Places of vertices are rounded to this part of a pixel. So a vertex on the border of two pixels lies exactly there
-# whatever the arithmetic before, and the same pixels are hit from whatever row the drawing starts.
-_STEP = 2.0**-20
+# Places of vertices are rounded to this part of a pixel, more than doubles err for 5 cm pixels in UTM. So a vertex on
+# the border of two pixels lies exactly there, and the same pixels are hit from whatever row the drawing starts.
+_STEP = 2.0**-22
 
-_ROWS = 256  # drawn at once
+_BLOCK = 2**25  # pixels drawn at once: 32 MiB; each block takes all features that reach it into GDAL's form again
 
 Array = npt.NDArray[Any]
 
@@ -113,6 +113,7 @@ class VectorLabel:
             InputError: when the file cannot be read or its features cannot be brought to the grid's CRS.
         """
         self._label, self._grid = label, grid
+        self._up = _up(grid)
         names = [c.name for c in classes]
         self._codes = {name: place for place, name in enumerate(names)} | {IGNORE_WORD: IGNORE_VALUE}
         if label.attribute is None:
@@ -121,7 +122,8 @@ class VectorLabel:
         with _naming(path):
             self._shapes, texts = _read(path, label, grid)
         _, _, shapely = _import()
-        self._bounds = shapely.bounds(self._shapes)
+        bounds = shapely.bounds(self._shapes)
+        self._low, self._high = np.sort(bounds[:, [1, 3]] * self._up, axis=1).T
         targets = [self._target(text) for text in texts]
         self._burned = [UNMATCHED if target is None else self._codes[target] for target in targets]
         unknown = [text for text, target in zip(texts, targets, strict=True) if target is None]
@@ -141,14 +143,13 @@ class VectorLabel:
         """Class ids and reason codes, uint8 [rows,width]."""
         # GDAL cuts edges off at the raster's border, where a touched corner may get lost: one more row on each side.
         first, last = max(0, start - 1), min(self._grid.height, stop + 1)
-        low, high = self._bounds[:, 1], self._bounds[:, 3]
-        here = np.flatnonzero((low <= last) & (high >= first))
+        here = np.flatnonzero((self._low <= last) & (self._high >= first))
         rows = np.full((last - first, self._grid.width), self._background, dtype=np.uint8)
         if len(here):
             rasterio.features.rasterize(
                 [(self._shapes[i], self._burned[i]) for i in here.tolist()],
                 out=rows,
-                transform=Affine.translation(0, first),
+                transform=Affine(1, 0, 0, 0, self._up, self._up * first),
                 all_touched=self._label.all_touched,
             )
         return rows[start - first : stop - first]
@@ -156,7 +157,7 @@ class VectorLabel:
     @property
     def block_height(self) -> int:
         """Rows that are best drawn together."""
-        return _ROWS
+        return max(1, _BLOCK // self._grid.width)
 
     def _target(self, text: str) -> str | None:
         """Class name or "ignore" of an attribute's value; None if the recipe does not know it."""
@@ -168,7 +169,7 @@ class VectorLabel:
 
 
 def _read(path: Path, label: Vector, grid: Grid) -> tuple[Array, list[str]]:
-    """Geometries in pixel coordinates [N] and the texts of their attribute, in the order of the file."""
+    """Geometries [N] in coordinates of :func:`_to_pixels` and the texts of their attribute, in the file's order."""
     pyogrio, _, shapely = _import()
     layer = _layer(path, label)
     _, fids, geometry, fields = pyogrio.raw.read(
@@ -185,9 +186,16 @@ def _read(path: Path, label: Vector, grid: Grid) -> tuple[Array, list[str]]:
     shapes = shapely.from_wkb(geometry)[order]
     texts = [values[i] for i in order.tolist()]
     shapes = shapely.transform(shapes, _to_pixels(path, layer.crs, grid))
-    scene = shapely.box(0, 0, grid.width, grid.height)
+    bottom, top = sorted((0, _up(grid) * grid.height))
+    scene = shapely.box(0, bottom, grid.width, top)
     touching = ~shapely.is_missing(shapes) & ~shapely.is_empty(shapes) & shapely.intersects(_mended(shapes), scene)
     return shapes[touching], [text for text, keep in zip(texts, touching.tolist(), strict=True) if keep]
+
+
+def _up(grid: Grid) -> int:
+    """-1 where rows run against the sense of the coordinates, as north-up: GDAL decides by the sense in which a ring
+    turns whether a centre on its edge lies inside, so features must not be mirrored."""
+    return -1 if grid.transform.determinant < 0 else 1
 
 
 def _mended(shapes: Array) -> Array:
@@ -218,19 +226,19 @@ def _reach(crs: str | None, grid: Grid) -> tuple[float, float, float, float] | N
 
 
 def _to_pixels(path: Path, crs: str | None, grid: Grid) -> Callable[[Array], Array]:
-    """Turns coordinates [N,2] of the layer into columns and rows of the grid."""
+    """Turns coordinates [N,2] of the layer into columns and rows of the grid, the rows times :func:`_up`."""
     _, pyproj, _ = _import()
     transformer = None
     if crs is not None and grid.crs is not None and CRS.from_user_input(crs) != grid.crs:
         transformer = pyproj.Transformer.from_crs(crs, grid.crs.to_wkt(), always_xy=True)
-    inverse = ~grid.transform
+    inverse, up = ~grid.transform, _up(grid)
 
     def to_pixels(places: Array) -> Array:
         xs, ys = places[:, 0], places[:, 1]
         if transformer is not None:
             xs, ys = transformer.transform(xs, ys)
         cols = inverse.a * xs + inverse.b * ys + inverse.c
-        rows = inverse.d * xs + inverse.e * ys + inverse.f
+        rows = (inverse.d * xs + inverse.e * ys + inverse.f) * up
         pixels = np.stack([cols, rows], axis=1)
         if not np.isfinite(pixels).all():
             raise InputError(f"{path}: a feature near the scene has no place in the scene's CRS; reproject the file")

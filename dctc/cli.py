@@ -130,13 +130,21 @@ def inspect(
 
 
 @app.command()
-def verify(folder: Annotated[Path, typer.Argument(metavar="DATASET")], as_json: AsJson = False) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DATASET")],
+    rebuild: Annotated[bool, typer.Option("--rebuild-index", help="write a lost index again from the shards")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Re-hash every shard and index file; exit 1 with the names of what is damaged.
 
     Example: dctc verify datasets/synthetic
     """
+    from shards.verify import rebuild_index
     from shards.verify import verify as damages_of
 
+    if rebuild:
+        lost = rebuild_index(folder)
+        out.print(f"index columns written again: {', '.join(lost) or 'none was damaged'}", markup=False)
     damages = damages_of(folder)
     if as_json:
         print(json.dumps({"dataset": str(folder), "damages": damages}, indent=1))

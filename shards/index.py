@@ -134,11 +134,21 @@ def write_index(out: Path, columns: Mapping[str, Column]) -> dict[str, str]:
     """Write each column; their sha256 by name."""
     digests = {}
     for name, column in columns.items():
-        buffer = io.BytesIO()
-        np.save(buffer, column, allow_pickle=False)
-        write_atomic(_path(out, name), buffer.getvalue())
-        digests[name] = hashlib.sha256(buffer.getvalue()).hexdigest()
+        data = _column_bytes(column)
+        write_atomic(_path(out, name), data)
+        digests[name] = hashlib.sha256(data).hexdigest()
     return digests
+
+
+def column_sha256(column: Column) -> str:
+    """sha256 of the file that :func:`write_index` makes of a column."""
+    return hashlib.sha256(_column_bytes(column)).hexdigest()
+
+
+def _column_bytes(column: Column) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, column, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def empty_columns(rows: int) -> dict[str, Column]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from shards.errors import InputError
 from shards.files import file_sha256
-from shards.index import COLUMNS, Index, tile_name
+from shards.index import COLUMNS, Index, column_sha256, rebuild, tile_name, write_index
 from shards.manifest import Dataset
 from shards.report import PLAN
 
@@ -28,6 +28,7 @@ def verify(root: str | Path, progress: Callable[[int, int], None] | None = None)
     """
     dataset = Dataset.open(root)
     damages = _check_file(dataset.root / PLAN, dataset.manifest.plan_sha256)
+    damages += [f"{path}: does not belong to the dataset" for path in _strangers(dataset)]
     for name in COLUMNS:
         damages += _check_file(dataset.root / "index" / f"{name}.npy", dataset.manifest.index.get(name, ""))
     try:
@@ -45,6 +46,30 @@ def verify(root: str | Path, progress: Callable[[int, int], None] | None = None)
     return damages
 
 
+def rebuild_index(root: str | Path) -> list[str]:
+    """Write the index again from the shards; the names of the columns that were damaged or missing.
+
+    Only an index that has every sha256 of the manifest is written, so what comes out is the dataset as it was packed.
+
+    Raises:
+        InputError: when the shards do not give that index.
+    """
+    dataset = Dataset.open(root)
+    columns = rebuild(dataset)
+    wrong = [name for name, column in columns.items() if column_sha256(column) != dataset.manifest.index.get(name)]
+    if wrong:
+        raise InputError(
+            f"{dataset.root}: the shards do not give the index of the manifest (column {wrong[0]} differs), so they "
+            "are damaged too; `dctc verify` names which; pack the dataset again"
+        )
+    lost = [
+        name for name in COLUMNS if _check_file(dataset.root / "index" / f"{name}.npy", dataset.manifest.index[name])
+    ]
+    (dataset.root / "index").mkdir(exist_ok=True)
+    write_index(dataset.root, {name: columns[name] for name in lost})
+    return lost
+
+
 def _check_file(path: Path, sha256: str, size: int | None = None) -> list[str]:
     try:
         found = path.stat().st_size
@@ -55,6 +80,13 @@ def _check_file(path: Path, sha256: str, size: int | None = None) -> list[str]:
         return [f"{path}: is missing"]
     except OSError as error:
         return [f"{path}: cannot be read ({error.strerror})"]
+
+
+def _strangers(dataset: Dataset) -> list[Path]:
+    """Files in the folders of shards and columns that the manifest does not name: a reader of a pattern takes them."""
+    known = {shard.name for shard in dataset.manifest.shards} | {f"index/{name}.npy" for name in COLUMNS}
+    found = [path for folder in ("shards", "index") for path in sorted((dataset.root / folder).glob("*"))]
+    return [path for path in found if path.relative_to(dataset.root).as_posix() not in known]
 
 
 def _damaged_tiles(dataset: Dataset, index: Index, shard: int) -> str:

@@ -107,7 +107,7 @@ def shard(
 
 @app.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DATASET")],
+    folder: Annotated[str, typer.Argument(metavar="DATASET", help="folder or URL")],
     picture: Annotated[Path | None, typer.Option(help="write a contact sheet of tiles with their labels")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -188,7 +188,7 @@ def train(
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="RUN/model.safetensors")],
-    folder: Annotated[Path, typer.Argument(metavar="DATASET")],
+    folder: Annotated[str, typer.Argument(metavar="DATASET", help="folder or URL")],
     split: Annotated[str, typer.Option(help="train, val or test")] = "test",
     batch: Annotated[int, typer.Option(min=1, help="tiles at once")] = 8,
     report: Annotated[Path | None, typer.Option("--out", help="folder for tables and confusion matrices")] = None,
@@ -351,7 +351,7 @@ def _show_dataset(dataset: Dataset) -> None:
 
     for table in tables(dataset):
         out.print(table)
-    out.print(f"dataset {dataset.root}, digest {dataset.digest[:12]}", markup=False)
+    out.print(f"dataset {dataset.location}, digest {dataset.digest[:12]}", markup=False)
 
 
 def _device(name: str) -> torch.device:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from shards.errors import InputError
 from shards.manifest import parse_share
+from shards.remote import DEFAULT_BYTES, CacheSettings, is_url
 
 COMMAND_LINE = "command line"
 
@@ -25,6 +26,26 @@ def _share(value: Any) -> Fraction:
         raise ValueError(str(error)) from None
 
 
+def _bytes(value: Any) -> int:
+    """A positive number of bytes: 64000000000, "64GB" (10^9) or "64GiB" (2^30)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", str(value).strip())
+    if match is None:
+        raise ValueError("not a number of bytes: write it as 64000000000, 64GB or 60GiB")
+    number, prefix, binary = match.groups()
+    count = int(Fraction(number) * (1024 if binary else 1000) ** " kMGT".index(prefix or " "))
+    if count < 1:
+        raise ValueError("must be at least 1 byte")
+    return count
+
+
+def _location(value: Any) -> Any:
+    if not isinstance(value, str | Path):
+        raise ValueError("name the dataset's folder or URL")
+    return value if is_url(value) else Path(value)
+
+
+Location = Annotated[Path | str, BeforeValidator(_location)]
+Bytes = Annotated[int, BeforeValidator(_bytes)]
 Share = Annotated[Fraction, BeforeValidator(_share), PlainSerializer(str)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -36,14 +57,36 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    """Which tiles, how many of their labels, in what batches. Batch sizes are global, whatever the number of ranks."""
+    """Which tiles, how many of their labels, in what batches. Batch sizes are global, whatever the number of ranks.
 
-    dataset: Path
+    ``order: auto`` is block for a dataset behind a URL and global for a folder.
+    """
+
+    dataset: Location
     labelled_share: Share = Fraction(1)
     batch_labelled: Count = 4
     batch_unlabelled: Count = 4
     augment: Literal["none", "flips", "weak", "strong"] = "none"
+    cutmix: bool = False  # of the labelled stream: each tile with a box of its partner's in the batch
+    order: Literal["auto", "global", "block"] = "auto"
+    mix: Count = 64  # order block: shards that are shuffled together
+    on_damage: Literal["stop", "substitute"] = "stop"
     workers: Annotated[int, Field(ge=0)] = 0  # loader processes a stream and rank; 0 reads in the training process
+    prefetch: Count = 2  # batches that each worker holds ready
+    cache: Path | None = None  # of datasets behind a URL; null: DCTC_CACHE, else ~/.cache/dctc
+    cache_bytes: Bytes = DEFAULT_BYTES
+
+    @property
+    def cache_settings(self) -> CacheSettings:
+        """The node's cache for datasets behind a URL."""
+        return CacheSettings(self.cache, self.cache_bytes)
+
+    @property
+    def resolved_order(self) -> Literal["global", "block"]:
+        """The kind of order that this run reads in."""
+        if self.order == "auto":
+            return "block" if is_url(self.dataset) else "global"
+        return self.order
 
 
 class NetworkConfig(_Section):
@@ -169,13 +212,15 @@ class Config(_Section):
 
     def result_settings(self) -> dict[str, Any]:
         """The flat settings that decide the weights: what a resumed run must share with the run it continues."""
-        return {key: value for key, value in self.flat().items() if not key.startswith(_FREE)}
+        settings = {key: value for key, value in self.flat().items() if not key.startswith(_FREE)}
+        return settings | {"data.order": self.data.resolved_order}  # `auto` would change with the dataset's place
 
 
 # Settings that leave the weights as they are (up to rounding, for the layout). The dataset is compared by its digest.
 _FREE = (
-    "data.dataset", "data.workers", "parallel.", "run.output", "run.experiment", "run.name", "run.checkpoint_every",
-    "run.keep", "run.resume", "run.pictures_every", "run.log_every", "tracking.", "evaluation.",
+    "data.dataset", "data.on_damage", "data.workers", "data.prefetch", "data.cache", "parallel.", "run.output",
+    "run.experiment", "run.name", "run.checkpoint_every", "run.keep", "run.resume", "run.pictures_every",
+    "run.log_every", "tracking.", "evaluation.",
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     config = resolve(load_config(arguments[0], arguments[1:]))
-    dataset = Dataset.open(config.data.dataset)
+    dataset = Dataset.open(config.data.dataset, config.data.cache_settings)
     stop = StopRequest()
     parallel = Parallel(config.parallel.strategy)
     run = locate(config, dataset, parallel)

@@ -8,6 +8,9 @@ class InputError(Exception):
     traceback and exits with code 2.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message)  # by keyword too: so torch makes again what a loader's worker raised
+
     @property
     def message(self) -> str:
         """The message alone: out of a loader's worker it comes wrapped in that worker's traceback."""

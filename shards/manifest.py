@@ -11,14 +11,16 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
+from io import FileIO
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shards.errors import InputError
+from shards.remote import CacheSettings, Store, fetch_index, is_url, open_store
 
 SCHEMA_VERSION = 2
 IGNORE = 255
@@ -145,20 +147,32 @@ def share_count(share: Fraction, total: int) -> int:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset folder whose manifest has been read and checked."""
+    """A dataset whose manifest has been read and checked.
+
+    Attributes:
+        root: the folder of manifest and index; of a remote dataset its part of the node's cache.
+        digest: sha256 of manifest.json.
+        store: where the shards of a remote dataset come from, None for a folder.
+    """
 
     root: Path
     manifest: Manifest
-    digest: str  # sha256 of manifest.json
+    digest: str
+    store: Store | None = field(default=None, kw_only=True)
 
     @classmethod
-    def open(cls, root: str | Path) -> Dataset:
-        """Read ``root/manifest.json``.
+    def open(cls, location: str | Path, cache: CacheSettings | None = None) -> Dataset:
+        """Read the manifest of a folder, or of a URL, whose index is fetched then too; ``cache`` is for URLs.
 
         Raises:
-            InputError: when the folder or the manifest is missing, unreadable or of another schema version.
+            InputError: when the dataset or its manifest is missing, unreadable or of another schema version.
         """
-        folder = Path(root)
+        if is_url(location):
+            store, raw = open_store(str(location), cache or CacheSettings())
+            manifest = parse_manifest(raw, f"{store.url}/{MANIFEST}")
+            fetch_index(store, manifest.index)
+            return cls(store.folder, manifest, hashlib.sha256(raw).hexdigest(), store=store)
+        folder = Path(location)
         if not folder.is_dir():
             raise InputError(f"{folder}: no such dataset folder; make one with `dctc shard RECIPE {folder}`")
         path = folder / MANIFEST
@@ -170,8 +184,32 @@ class Dataset:
             ) from None
         return cls(folder, parse_manifest(raw, path), hashlib.sha256(raw).hexdigest())
 
+    @property
+    def location(self) -> str:
+        """Where the dataset lies, as a user names it: URL or folder."""
+        return str(self.root) if self.store is None else self.store.url
 
-def parse_manifest(raw: bytes, path: Path) -> Manifest:
+    def shard_name(self, number: int) -> str:
+        """Shard ``number`` as errors name it."""
+        return f"{self.location}/{self.manifest.shards[number].name}"
+
+    def open_shard(self, number: int) -> FileIO:
+        """Shard ``number``, open for reading; of a remote dataset it is fetched first, and kept until it is closed.
+
+        Raises:
+            InputError: when it is missing or cannot be fetched.
+        """
+        shard = self.manifest.shards[number]
+        if self.store is not None:
+            return self.store.open_file(shard.name, shard.sha256, shard.bytes)
+        try:
+            return FileIO(self.root / shard.name)
+        except OSError as error:
+            why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error.strerror})"
+            raise InputError(f"{self.root / shard.name}: {why}; pack the dataset again") from None
+
+
+def parse_manifest(raw: bytes, path: Path | str) -> Manifest:
     """Validate the bytes of a manifest; ``path`` is named in errors."""
     try:
         record = json.loads(raw)

@@ -126,6 +126,8 @@ def read_plan(dataset: Dataset) -> dict[str, Any]:
         InputError: when it is missing or damaged.
     """
     path = dataset.root / PLAN
+    if dataset.store is not None:
+        dataset.store.fetch(PLAN, dataset.manifest.plan_sha256)
     try:
         plan: dict[str, Any] = json.loads(path.read_bytes())
     except (OSError, ValueError):

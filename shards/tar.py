@@ -81,7 +81,7 @@ def members(path: Path) -> Iterator[Member]:
             file.seek(member.offset + -(-member.size // BLOCK) * BLOCK)
 
 
-def parse_header(header: bytes, place: int, path: Path) -> Member:
+def parse_header(header: bytes, place: int, path: Path | str) -> Member:
     """The member whose header stands at byte ``place`` of the archive ``path``.
 
     Raises:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import zlib
 from dataclasses import dataclass
-from typing import IO, Any
+from io import FileIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,28 +33,25 @@ def read_tile(dataset: Dataset, index: Index, row: int) -> Tile:
     Raises:
         InputError: when its bytes are not those that were packed; names shard, offset and key.
     """
-    path = dataset.root / dataset.manifest.shards[int(index.shard[row])].name
-    try:
-        with path.open("rb") as file:
-            codec = dataset.manifest.codec
-            mask = _member(dataset, index, row, "mask", file) if int(index.mask_size[row]) else None
-            image, valid = decode_image(_member(dataset, index, row, "image", file), codec["image"], mask)
-            labelled = int(index.label_size[row]) > 0
-            label = decode_label(_member(dataset, index, row, "label", file), codec["label"]) if labelled else None
-            file.seek(int(index.meta_offset[row]))
-            meta = json.loads(file.read(int(index.meta_size[row])))
-    except FileNotFoundError:
-        raise InputError(f"{path}: is missing; pack the dataset again") from None
+    with dataset.open_shard(int(index.shard[row])) as file:
+        codec = dataset.manifest.codec
+        mask = _member(dataset, index, row, "mask", file) if int(index.mask_size[row]) else None
+        image, valid = decode_image(_member(dataset, index, row, "image", file), codec["image"], mask)
+        labelled = int(index.label_size[row]) > 0
+        label = decode_label(_member(dataset, index, row, "label", file), codec["label"]) if labelled else None
+        file.seek(int(index.meta_offset[row]))
+        meta = json.loads(file.read(int(index.meta_size[row])))
     return Tile(image, np.ones(image.shape[1:], dtype=bool) if valid is None else valid, label, meta)
 
 
-def _member(dataset: Dataset, index: Index, row: int, what: str, file: IO[bytes]) -> bytes:
+def _member(dataset: Dataset, index: Index, row: int, what: str, file: FileIO) -> bytes:
     offset = int(getattr(index, f"{what}_offset")[row])
     file.seek(offset)
     data = file.read(int(getattr(index, f"{what}_size")[row]))
     if zlib.crc32(data) != int(getattr(index, f"{what}_crc32")[row]):
         raise InputError(
-            f"{file.name}: {what} of tile {tile_name(dataset, index, row)} at byte {offset} is damaged "
+            f"{dataset.shard_name(int(index.shard[row]))}: {what} of tile {tile_name(dataset, index, row)} "
+            f"at byte {offset} is damaged "
             "(crc32 differs); run `dctc verify` and pack the dataset again"
         )
     return data

@@ -7,29 +7,37 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import islice
+from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from dctc.data.augment import Kind, View
-from dctc.data.order import Indices, Layout, RankBatchSampler
+from dctc.data.ahead import CopyAhead, LookAhead
+from dctc.data.augment import Kind, View, cutmix_masks, mix, partners
+from dctc.data.order import BlockOrder, GlobalOrder, Indices, Layout, Order, RankBatchSampler
 from dctc.data.tiles import RawBatch, TileDataset
+from shards.errors import InputError
+from shards.index import Index
 from shards.manifest import IGNORE, Dataset, Manifest
 
 Loader = DataLoader[RawBatch]
 DeviceBatch = tuple[Tensor, Tensor, Tensor | None]
 """Normalised images float32 [B,bands,H,W], valid bool [B,H,W], labels int64 [B,H,W] or None."""
+PREFETCH = 2  # batches that each worker holds ready
 
 
-def _loader(tiles: TileDataset, batches: object, workers: int, pin: bool) -> Loader:
+def _loader(tiles: TileDataset, batches: object, workers: int, prefetch: int, pin: bool) -> Loader:
     return DataLoader(
         tiles,
         batch_sampler=batches,  # type: ignore[arg-type]  # (position, row) pairs: wider than the stub's list[int]
         num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
         collate_fn=_whole,  # type: ignore[arg-type]  # __getitems__ has already made the batch
         pin_memory=pin,
         multiprocessing_context="forkserver" if workers else None,  # fork would copy the tracker's threads and locks
@@ -80,6 +88,11 @@ class TrainingStream:
         rows: index rows of the selected tiles.
         batch: global batch size.
         augment: how each sample is viewed.
+        cutmix: mix each sample with the other one of its pair; labelled streams only.
+        order, mix: the kind of order, and the shards that order "block" shuffles together.
+        substitute: read another tile of ``rows`` in place of a damaged one (:class:`TileDataset`), saying so once.
+        prefetch: batches that each worker holds ready.
+        damaged: the damaged rows met so far.
     """
 
     dataset: Dataset
@@ -91,26 +104,80 @@ class TrainingStream:
     augment: Kind
     workers: int
     labels: bool
+    order: Literal["global", "block"] = "global"
+    mix: int = 64
+    substitute: bool = False
+    prefetch: int = PREFETCH
+    cutmix: bool = False
+    damaged: set[int] = field(default_factory=set, compare=False)
 
     def __post_init__(self) -> None:
         self._sampler(range(0))  # a batch that does not divide, or too few tiles, is refused now
+        each = self.batch // (self.layout.world * self.layout.accumulation)
+        if self.cutmix and each % 2:
+            raise InputError(
+                f"data.cutmix pairs the tiles of a micro-batch, and {each} is odd: make data.batch_labelled an even "
+                "multiple of processes x parallel.accumulation"
+            )
+
+    @cached_property
+    def _order(self) -> Order:
+        if self.order == "global":
+            return GlobalOrder(len(self.rows), self.seed, self.number)
+        return BlockOrder(self._shards[self.rows], self.seed, self.number, self.mix)
+
+    @cached_property
+    def _shards(self) -> NDArray[np.uint32]:
+        return Index.open(self.dataset, hashed=False).shard
 
     def _sampler(self, rounds: range) -> RankBatchSampler:
-        return RankBatchSampler(self.rows, self.batch, rounds, self.seed, self.number, self.layout)
+        return RankBatchSampler(self.rows, self._order, self.batch, rounds, self.layout)
 
     def batches(self, rounds: range, device: torch.device) -> Iterator[list[DeviceBatch]]:
         """The micro-batches of each round of ``rounds``, on ``device``."""
-        tiles = TileDataset(self.dataset, self.labels)
-        loader = iter(_loader(tiles, self._sampler(rounds), self.workers, device.type == "cuda"))
-        normaliser = Normaliser.of(self.dataset.manifest, device)
-        for _ in rounds:
-            yield [self._to_device(raw, normaliser, device) for raw in islice(loader, self.layout.accumulation)]
+        tiles = TileDataset(self.dataset, self.labels, self.rows if self.substitute else None)
+        sampler = self._sampler(rounds)
+        prepare = partial(self._to_device, normaliser=Normaliser.of(self.dataset.manifest, device), device=device)
+        with LookAhead(self.dataset, self._shards, sampler) as ahead:
+            loader = self._watched(
+                _loader(tiles, sampler, self.workers, self.prefetch, device.type == "cuda"), tiles, ahead
+            )
+            raws = (list(islice(loader, self.layout.accumulation)) for _ in rounds)
+            yield from CopyAhead(prepare, device)(raws)
 
-    def _to_device(self, raw: RawBatch, normaliser: Normaliser, device: torch.device) -> DeviceBatch:
+    def _watched(self, loader: Loader, tiles: TileDataset, ahead: LookAhead) -> Iterator[RawBatch]:
+        """The loader's batches; the look-ahead and the user learn of what came."""
+        for raw in loader:
+            ahead.delivered()
+            for row, stand_in in zip(raw["damaged"].tolist(), raw["rows"].tolist(), strict=True):
+                if row >= 0 and row not in self.damaged:
+                    self.damaged.add(row)
+                    print(
+                        f"warning: {tiles.shard(row)}: tile {_key(tiles, row)} is damaged, {_key(tiles, stand_in)} "
+                        f"stands in for it from now on; {len(self.damaged)} damaged in this stream so far",
+                        flush=True,
+                    )
+            yield raw
+
+    def _to_device(self, raw: RawBatch, *, normaliser: Normaliser, device: torch.device) -> DeviceBatch:
         images, valid, labels = (raw[k].to(device, non_blocking=True) for k in ("images", "valid", "labels"))
         truth = torch.where(valid, labels.long(), IGNORE) if self.labels else None
         view = View(self.augment, self.seed, self.number)
-        return view(normaliser(images, valid), valid, truth, raw["positions"])
+        images, valid, truth = view(normaliser(images, valid), valid, truth, raw["positions"])
+        if self.cutmix and truth is not None:
+            size = images.shape[-1]
+            masks = cutmix_masks(self.seed, self.number, raw["positions"], raw["rows"], size, device)
+            other = partners(len(images), device)
+            images, valid, truth = (mix(tensor, masks, other) for tensor in (images, valid, truth))
+        return images, valid, truth
+
+
+def _key(tiles: TileDataset, row: int) -> str:
+    """The tile's key, or its row where even the header cannot be read."""
+    try:
+        return tiles.key(row) or f"of row {row}"
+    except InputError:
+        return f"of row {row}"
 
 
 def evaluation_rows(rows: Indices, batch: int, layout: Layout) -> list[Indices]:
@@ -127,9 +194,17 @@ def evaluation_rows(rows: Indices, batch: int, layout: Layout) -> list[Indices]:
 def evaluation_batches(
     dataset: Dataset, rows: Indices, batch: int, layout: Layout, normaliser: Normaliser, workers: int = 0
 ) -> Iterator[tuple[DeviceBatch, RawBatch]]:
-    """Batches with labels for evaluation, and the raw batch beside each (for pictures and keys)."""
+    """Batches with labels for evaluation, and the raw batch beside each (for pictures and keys).
+
+    The rows of a remote dataset are read shard by shard, so that each shard is needed in one stretch.
+    """
     device = normaliser.mean.device
+    tiles = TileDataset(dataset, labels=True)
+    if dataset.store is not None:
+        rows = rows[np.argsort(tiles.index.shard[rows], kind="stable")]
     batches = [[(0, int(row)) for row in group] for group in evaluation_rows(rows, batch, layout)]
-    for raw in _loader(TileDataset(dataset, labels=True), batches, workers, device.type == "cuda"):
-        images, valid, labels = (raw[key].to(device, non_blocking=True) for key in ("images", "valid", "labels"))
-        yield (normaliser(images, valid), valid, torch.where(valid, labels.long(), IGNORE)), raw
+    with LookAhead(dataset, tiles.index.shard, batches) as ahead:
+        for raw in _loader(tiles, batches, workers, PREFETCH, device.type == "cuda"):
+            ahead.delivered()
+            images, valid, labels = (raw[key].to(device, non_blocking=True) for key in ("images", "valid", "labels"))
+            yield (normaliser(images, valid), valid, torch.where(valid, labels.long(), IGNORE)), raw

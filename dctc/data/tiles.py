@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from io import FileIO
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
@@ -19,13 +21,15 @@ from shards.index import Index
 from shards.manifest import IGNORE, Dataset
 
 TAR_BLOCK = 512
+OPEN_SHARDS = 128  # of a local dataset, in each process; a usual limit on open files is 1024
 
 
 class RawBatch(TypedDict):
     """What a loader yields, on the host.
 
     ``images`` [B,bands,H,W] in the dataset's dtype, ``valid`` bool [B,H,W], ``labels`` uint8 [B,H,W] (empty [0] when
-    they were not asked for), ``positions`` int64 [B] in the stream, ``rows`` int64 [B] in the index (-1 = padding).
+    they were not asked for), ``positions`` int64 [B] in the stream, ``rows`` int64 [B] in the index (-1 = padding),
+    ``damaged`` int64 [B]: the row that was to be read where another had to stand in for it, else -1.
     """
 
     images: Tensor
@@ -33,31 +37,36 @@ class RawBatch(TypedDict):
     labels: Tensor
     positions: Tensor
     rows: Tensor
+    damaged: Tensor
 
 
 class TileDataset(TorchDataset[RawBatch]):
     """Map-style dataset whose items are whole batches: ``__getitems__`` of ``(position, row)`` pairs.
 
-    A row of -1 is padding: nothing is read, nothing in it is valid.
+    A row of -1 is padding: nothing is read, nothing in it is valid. Shards of a remote dataset stay open, and so in the
+    node's cache, for one batch; those of a folder until :data:`OPEN_SHARDS` others have been used since.
 
     Args:
-        dataset: an opened dataset folder.
+        dataset: an opened dataset; whoever got the rows from its index has had the index's hashes checked.
         labels: read the labels too; False never touches them, so the unlabelled stream cannot leak one.
+        selection: None: a damaged tile is an error. Else the next row of ``selection``, int64 [N], after the damaged
+            one that reads well stands in for it, after the last one the first. A server that is away is no damage.
     """
 
-    def __init__(self, dataset: Dataset, labels: bool) -> None:
+    def __init__(self, dataset: Dataset, labels: bool, selection: NDArray[np.int64] | None = None) -> None:
         self.dataset = dataset
         self.labels = labels
-        self.index = Index.open(dataset)
-        self._files: dict[int, FileIO] = {}  # shards opened by this process; they close with this object
+        self.selection = selection
+        self.index = Index.open(dataset, hashed=False)
+        self._files: OrderedDict[int, FileIO] = OrderedDict()  # by last use; they close with this object
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {"dataset": self.dataset, "labels": self.labels}  # descriptors and memory maps do not travel
+    def __getstate__(self) -> dict[str, Any]:  # descriptors and memory maps do not travel
+        return {"dataset": self.dataset, "labels": self.labels, "selection": self.selection}
 
-    def __setstate__(self, state: dict[str, object]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # the state is the constructor's arguments
 
     def __getitem__(self, item: tuple[int, int]) -> RawBatch:
@@ -70,20 +79,23 @@ class TileDataset(TorchDataset[RawBatch]):
         images = np.zeros((len(items), len(manifest.bands), size, size), manifest.dtype)
         valid = np.zeros((len(items), size, size), bool)
         labels = np.full((len(items), size, size) if self.labels else (0,), IGNORE, np.uint8)
-        for slot, (_, row) in enumerate(items):
+        positions, rows = np.array(items, np.int64).reshape(-1, 2).T.copy()
+        damaged = np.full(len(items), -1, np.int64)
+        for slot, row in enumerate(rows.tolist()):
             if row < 0:
                 continue
-            mask = self._read(row, "mask") if self.index.mask_size[row] else None
-            read_image(manifest.codec["image"], self._read(row, "image"), mask, images[slot], valid[slot])
-            if self.labels and self.index.label_size[row]:
-                read_label(manifest.codec["label"], self._read(row, "label"), labels[slot])
-        positions, rows = np.array(items, np.int64).reshape(-1, 2).T.copy()
+            rows[slot] = self._read(row, images[slot], valid[slot], labels[slot] if self.labels else None)
+            if rows[slot] != row:
+                damaged[slot] = row
+        if self.dataset.store is not None:
+            self._close(keep=0)
         return RawBatch(
             images=torch.from_numpy(images),
             valid=torch.from_numpy(valid),
             labels=torch.from_numpy(labels),
             positions=torch.from_numpy(positions),
             rows=torch.from_numpy(rows),
+            damaged=torch.from_numpy(damaged),
         )
 
     def key(self, row: int) -> str:
@@ -91,26 +103,76 @@ class TileDataset(TorchDataset[RawBatch]):
         header = self._pread(row, int(self.index.image_offset[row]) - TAR_BLOCK, TAR_BLOCK)
         return header[:100].rstrip(b"\0").decode("ascii", "replace").split(".")[0]
 
-    def _read(self, row: int, member: str) -> bytes:
+    def shard(self, row: int) -> str:
+        """The tile's shard, as errors name it."""
+        return self.dataset.shard_name(int(self.index.shard[row]))
+
+    def _read(self, row: int, image: NDArray[Any], valid: NDArray[np.bool_], label: NDArray[np.uint8] | None) -> int:
+        """Fill one slot; the row that it holds then."""
+        first: InputError | None = None
+        for candidate in self._candidates(row):
+            if self.dataset.store is not None:
+                self._file(candidate)
+            try:
+                self._decode(candidate, image, valid, label)
+                return candidate
+            except InputError as error:
+                if self.selection is None:
+                    raise
+                first = first or error
+        raise InputError(f"{first}; and no other tile of the selection reads well")
+
+    def _candidates(self, row: int) -> Iterator[int]:
+        yield row
+        if self.selection is not None:
+            place = int(np.flatnonzero(self.selection == row)[0])
+            yield from np.roll(self.selection, -place)[1:].tolist()
+
+    def _decode(self, row: int, image: NDArray[Any], valid: NDArray[np.bool_], label: NDArray[np.uint8] | None) -> None:
+        codec = self.dataset.manifest.codec
+        data = self._member(row, "image")
+        mask = self._member(row, "mask") if self.index.mask_size[row] else None
+        try:
+            read_image(codec["image"], data, mask, image, valid)
+            if label is None:
+                return
+            if self.index.label_size[row]:
+                read_label(codec["label"], self._member(row, "label"), label)
+            else:
+                label[...] = IGNORE
+        except InputError as error:
+            if self.dataset.location in str(error):
+                raise
+            offset = int(self.index.image_offset[row])
+            raise InputError(f"{self.shard(row)}: tile {self.key(row)} at offset {offset}: {error}") from None
+
+    def _member(self, row: int, member: str) -> bytes:
         offset = int(getattr(self.index, f"{member}_offset")[row])
         size = int(getattr(self.index, f"{member}_size")[row])
         data = self._pread(row, offset, size)
         if len(data) != size or zlib.crc32(data) != int(getattr(self.index, f"{member}_crc32")[row]):
             raise InputError(
-                f"{self._shard(row)}: the {member} of tile {self.key(row)} at offset {offset} is damaged "
-                f"(crc32 differs); run `dctc verify {self.dataset.root}` and pack the dataset again"
+                f"{self.shard(row)}: the {member} of tile {self.key(row)} at offset {offset} is damaged "
+                f"(crc32 differs); {self._remedy()}"
             )
         return data
 
-    def _shard(self, row: int) -> str:
-        return str(self.dataset.root / self.dataset.manifest.shards[int(self.index.shard[row])].name)
+    def _remedy(self) -> str:
+        if self.dataset.store is not None:
+            return f"remove {self.dataset.root}, so that it is fetched again"
+        return f"run `dctc verify {self.dataset.root}` and pack the dataset again"
 
     def _pread(self, row: int, offset: int, size: int) -> bytes:
+        return os.pread(self._file(row).fileno(), size, offset)
+
+    def _file(self, row: int) -> FileIO:
         shard = int(self.index.shard[row])
         if shard not in self._files:
-            path = self._shard(row)
-            try:
-                self._files[shard] = FileIO(path)
-            except OSError as error:
-                raise InputError(f"{path}: cannot be opened ({error.strerror}); pack the dataset again") from None
-        return os.pread(self._files[shard].fileno(), size, offset)
+            self._close(keep=OPEN_SHARDS - 1)
+            self._files[shard] = self.dataset.open_shard(shard)
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+    def _close(self, keep: int) -> None:
+        while len(self._files) > keep:
+            self._files.popitem(last=False)[1].close()

@@ -125,7 +125,7 @@ def prepare(
     layout = Layout(parallel.world, parallel.rank, config.parallel.accumulation)
     labelled_rows = index.labelled_rows(config.data.labelled_share)
     if not len(labelled_rows):
-        raise InputError(f"{dataset.root}: no labelled training tile, and method {config.method.name} needs labels")
+        raise InputError(f"{dataset.location}: no labelled training tile, and method {config.method.name} needs labels")
     precision = Precision(config.precision.dtype, parallel.device, config.precision.channels_last)
     torch.manual_seed(config.run.seed)  # nothing else draws from a global generator
     method = _method(config, dataset, parallel)
@@ -219,8 +219,13 @@ def _stream(config: Config, dataset: Dataset, layout: Layout, number: int, rows:
         seed=config.run.seed,
         layout=layout,
         augment=config.data.augment,
+        cutmix=config.data.cutmix and labelled,
         workers=config.data.workers,
         labels=labelled,
+        order=config.data.resolved_order,
+        mix=config.data.mix,
+        substitute=config.data.on_damage == "substitute",
+        prefetch=config.data.prefetch,
     )
 
 

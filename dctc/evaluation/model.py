@@ -25,7 +25,7 @@ def evaluate_model(
     check_fit(bundle, dataset)
     rows = Index.open(dataset).rows(split)
     if not len(rows):
-        raise InputError(f"{dataset.root}: its {split} split has no tiles; choose another with --split")
+        raise InputError(f"{dataset.location}: its {split} split has no tiles; choose another with --split")
     normaliser = Normaliser.from_values(bundle.description.mean, bundle.description.std, bundle.device)
     with inference(*bundle.method.parts.values()):
         evaluation = evaluate_tiles(
@@ -37,7 +37,7 @@ def evaluate_model(
             temperature=bundle.method.temperature,
         )
     if evaluation.nets[bundle.headline].scores is None:
-        raise InputError(f"{dataset.root}: its {split} split has no labelled pixel to score on")
+        raise InputError(f"{dataset.location}: its {split} split has no labelled pixel to score on")
     return evaluation
 
 
@@ -51,4 +51,4 @@ def check_fit(bundle: Bundle, dataset: Dataset) -> None:
     }
     for what, (wanted, found) in facts.items():
         if wanted != found:
-            raise InputError(f"{dataset.root}: its {what} are {found}, the model was trained on {wanted}")
+            raise InputError(f"{dataset.location}: its {what} are {found}, the model was trained on {wanted}")

@@ -27,7 +27,16 @@ if TYPE_CHECKING:
 NETS = ("s1", "mean", "teacher")
 TAGS = {"share": "labelled_share"}  # short names of axes; any other axis is a tag of that name
 # Parameters in which runs may differ and still measure the same thing.
-NEUTRAL = ("run.", "tracking.", "parallel.strategy", "evaluation.", "data.dataset", "data.workers")
+NEUTRAL = (
+    "run.",
+    "tracking.",
+    "parallel.strategy",
+    "evaluation.",
+    "data.dataset",
+    "data.workers",
+    "data.prefetch",
+    "data.cache",
+)
 
 
 @dataclass(frozen=True)

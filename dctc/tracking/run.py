@@ -194,7 +194,8 @@ def describe_dataset(dataset: Dataset) -> DatasetRecord:
         "tiles": {split: info.tiles for split, info in manifest.splits.items()},
         "labelled": {split: info.labelled for split, info in manifest.splits.items()},
     }
-    return DatasetRecord(manifest.name, dataset.digest, str(dataset.root.resolve()), profile)
+    location = str(dataset.root.resolve()) if dataset.store is None else dataset.location
+    return DatasetRecord(manifest.name, dataset.digest, location, profile)
 
 
 def git_commit(folder: Path = Path(__file__).parent) -> str:

@@ -250,13 +250,15 @@ def test_nearest() -> None:
 # ---- what decides a result
 
 FREE = {
-    "data.dataset": "elsewhere", "data.workers": 3, "run.output": "out", "run.experiment": "e", "run.name": "n",
+    "data.dataset": "elsewhere", "data.workers": 3, "data.prefetch": 4, "data.cache": "c", "data.cache_bytes": "1GB",
+    "data.on_damage": "substitute", "run.output": "out", "run.experiment": "e", "run.name": "n",
     "run.checkpoint_every": 7, "run.keep": 5, "run.resume": "never", "run.pictures_every": 9, "run.log_every": 3,
     "tracking.enabled": False, "tracking.uri": "http://x", "evaluation.every": 4, "evaluation.batch": 2,
     "evaluation.pictures": 1, "evaluation.test": False,
 }  # fmt: skip
 DECIDING = {
-    "data.labelled_share": "1/4", "data.batch_labelled": 8, "data.batch_unlabelled": 8, "data.augment": "flips",
+    "data.labelled_share": "1/4", "data.batch_labelled": 8, "data.batch_unlabelled": 8, "data.augment": "flips", "data.cutmix": True,
+    "data.order": "block", "data.mix": 8,
     "network.name": "other", "network.width": 8, "network.norm": "group", "method.name": "supervised",
     "method.sharpen": "none", "optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.betas": [0.5, 0.5],
     "optimizer.eps": 0.1, "optimizer.momentum": 0.5, "optimizer.weight_decay": 0.1, "optimizer.clip": 1.0,

@@ -28,9 +28,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 LAST = "cli"  # the user's door: may import every room, and is imported by none
 
-SHARDS_FOR_DCTC = {"codec", "errors", "index", "manifest"}
+SHARDS_FOR_DCTC = {"codec", "errors", "index", "manifest", "remote"}
 SHARDS_FOR_ROOM = {
-    "config": {"errors", "manifest"},
+    "config": {"errors", "manifest", "remote"},
     "tracking": {"errors", "manifest"},
     "networks": set(),
     "methods": set(),

@@ -16,6 +16,7 @@ from dctc.data.loaders import evaluation_rows
 from dctc.data.order import (
     LABELLED,
     UNLABELLED,
+    GlobalOrder,
     Indices,
     Layout,
     RankBatchSampler,
@@ -53,7 +54,8 @@ def sampled(
 ) -> list[list[tuple[int, int]]]:
     """The global batches of a layout: ranks in order, their micro-batches in order."""
     samplers = [
-        RankBatchSampler(rows(size), GLOBAL, rounds, seed, stream, Layout(ranks, r, micro)) for r in range(ranks)
+        RankBatchSampler(rows(size), GlobalOrder(size, seed, stream), GLOBAL, rounds, Layout(ranks, r, micro))
+        for r in range(ranks)
     ]
     per_rank = [list(sampler) for sampler in samplers]
     assert [len(batches) for batches in per_rank] == [len(s) for s in samplers] == [len(rounds) * micro] * ranks
@@ -117,19 +119,21 @@ def test_every_tile_is_equally_likely_everywhere() -> None:
 @given(st.integers(1, 60), st.integers(0, 200), st.integers(0, 200), st.integers(0, 99))
 def test_a_slice_is_a_slice_of_the_joined_epochs(size: int, start: int, length: int, seed: int) -> None:
     joined = np.concatenate([permutation(size, seed, 1, epoch) for epoch in range((start + length) // size + 1)])
-    assert np.array_equal(stream_slice(size, seed, 1, start, start + length), joined[start : start + length])
+    assert np.array_equal(
+        stream_slice(GlobalOrder(size, seed, 1), start, start + length), joined[start : start + length]
+    )
 
 
 @pytest.mark.parametrize("size", [2, 7, 31, 97])
 def test_each_tile_comes_exactly_once_an_epoch(size: int) -> None:
-    stream = stream_slice(size, 3, 0, 0, 5 * size)
+    stream = stream_slice(GlobalOrder(size, 3, 0), 0, 5 * size)
     for epoch in range(5):
         assert sorted(stream[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
 def test_a_stream_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one tile"):
-        stream_slice(0, 0, 0, 0, 4)
+        stream_slice(GlobalOrder(0, 0, 0), 0, 4)
 
 
 # ---- the sampler
@@ -140,7 +144,7 @@ def test_every_layout_reads_the_stream(ranks: int, micro: int) -> None:
     for number, batch in enumerate(sampled(PRIME, range(9), ranks, micro)):
         start = number * GLOBAL
         assert [position for position, _ in batch] == list(range(start, start + GLOBAL))
-        expected = rows()[stream_slice(PRIME, 5, 1, start, start + GLOBAL)]
+        expected = rows()[stream_slice(GlobalOrder(PRIME, 5, 1), start, start + GLOBAL)]
         assert [row for _, row in batch] == expected.tolist()
 
 
@@ -170,27 +174,27 @@ def test_any_layout_and_size(ranks: int, micro: int, each: int, tiles: int, star
     batch, rounds = ranks * micro * each, range(start, start + 3)
     read = [[], [], []]  # type: list[list[int]]
     for rank in range(ranks):
-        sampler = RankBatchSampler(rows(tiles), batch, rounds, seed, 0, Layout(ranks, rank, micro))
+        sampler = RankBatchSampler(rows(tiles), GlobalOrder(tiles, seed, 0), batch, rounds, Layout(ranks, rank, micro))
         for number, members in enumerate(sampler):
             assert len(members) == each
             read[number // micro] += [row for _, row in members]
     for number, members_of_all in zip(rounds, read, strict=True):
-        expected = rows(tiles)[stream_slice(tiles, seed, 0, number * batch, (number + 1) * batch)]
+        expected = rows(tiles)[stream_slice(GlobalOrder(tiles, seed, 0), number * batch, (number + 1) * batch)]
         assert members_of_all == expected.tolist()
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(5, 1), (1, 5), (8, 3), (24, 1)])
 def test_a_batch_that_does_not_divide_is_refused(ranks: int, micro: int) -> None:
     with pytest.raises(InputError, match=f"batch of 12 .* {ranks} ranks x {micro} .* multiple of {ranks * micro}"):
-        RankBatchSampler(rows(), GLOBAL, range(1), 0, 0, Layout(ranks, 0, micro))
+        RankBatchSampler(rows(), GlobalOrder(PRIME, 0, 0), GLOBAL, range(1), Layout(ranks, 0, micro))
 
 
 def test_fewer_tiles_than_ranks_are_refused() -> None:
     with pytest.raises(InputError, match=r"3 selected tiles for 4 ranks.*labelled_share"):
-        RankBatchSampler(rows(3), GLOBAL, range(1), 0, 0, Layout(4, 0))
+        RankBatchSampler(rows(3), GlobalOrder(3, 0, 0), GLOBAL, range(1), Layout(4, 0))
     with pytest.raises(InputError, match="0 selected tiles"):
-        RankBatchSampler(rows(0), GLOBAL, range(1), 0, 0, Layout())
-    RankBatchSampler(rows(4), GLOBAL, range(1), 0, 0, Layout(4, 3))
+        RankBatchSampler(rows(0), GlobalOrder(0, 0, 0), GLOBAL, range(1), Layout())
+    RankBatchSampler(rows(4), GlobalOrder(4, 0, 0), GLOBAL, range(1), Layout(4, 3))
 
 
 # ---- evaluation

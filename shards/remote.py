@@ -1,0 +1,260 @@
+"""Datasets behind a URL: whole files fetched once a node into a cache that is bounded by bytes.
+
+All that changes the cache happens under one file lock, so there is one downloader a node, whatever processes, loader
+workers and threads share the folder. A file is fetched to ``NAME.part``, hashed, and only then gets its name; what is
+called ``.part`` is never read, and the next holder of the lock removes it: its writer is dead. A shard in use carries a
+shared lock (:meth:`Store.open_file`); room is made by removing the least recently used shards without one. What is in
+use may exceed the limit, never block: the store says so once.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from shards.errors import InputError
+from shards.files import file_sha256, write_atomic
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BYTES = 64 * 2**30
+ATTEMPTS = 4
+PATIENCE = 0.25  # seconds before the second attempt; doubled each time
+CONNECT_SECONDS, STALLED_SECONDS = 5, 30  # without a connection, without a byte
+_CACHED = "*/shards/*.tar"
+_warned: set[Path] = set()  # caches of which this process has said that they are too small
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where a node keeps what it fetched, and how much of it.
+
+    Attributes:
+        folder: None is DCTC_CACHE, else ``~/.cache/dctc``.
+        limit: bytes of shards that may lie there.
+    """
+
+    folder: Path | None = None
+    limit: int = DEFAULT_BYTES
+
+    def resolved(self) -> Path:
+        """The folder, absolute."""
+        return (self.folder or Path(os.environ.get("DCTC_CACHE") or "~/.cache/dctc")).expanduser().absolute()
+
+
+def is_url(location: str | Path) -> bool:
+    """Whether a dataset's location is a URL rather than a folder."""
+    return isinstance(location, str) and "://" in location
+
+
+@dataclass(frozen=True)
+class Store:
+    """The files of one remote dataset. Holds no connection, so it travels to loader workers.
+
+    Attributes:
+        url: of the dataset, without a slash at the end.
+        cache: the node's cache folder.
+        folder: this dataset's part of it.
+        limit: bytes of shards in ``cache``.
+    """
+
+    url: str
+    cache: Path
+    folder: Path
+    limit: int
+
+    def fetch(self, name: str, sha256: str, size: int | None = None) -> Path:
+        """The local copy of the file ``name``, fetched now unless it is there.
+
+        Raises:
+            InputError: when the server cannot be reached, has no such file or other bytes; names the URL.
+        """
+        path = self.folder / name
+        if path.exists():
+            return path
+        with _alone(self.cache):
+            if not path.exists():  # another process may have fetched it meanwhile
+                _remove_parts(self.cache)
+                if size is not None:
+                    self._make_room(size)
+                self._download(name, sha256, path)
+        return path
+
+    def open_file(self, name: str, sha256: str, size: int) -> FileIO:
+        """The file, open for reading and safe from eviction until it is closed; raises as :meth:`fetch`."""
+        while True:
+            path = self.fetch(name, sha256, size)
+            try:
+                file = FileIO(path)
+            except FileNotFoundError:  # evicted between the two
+                continue
+            fcntl.flock(file, fcntl.LOCK_SH)
+            with suppress(FileNotFoundError):  # evicted just now; the open file stays whole
+                os.utime(path)
+            return file
+
+    def _make_room(self, size: int) -> None:
+        """Remove the least recently used shards until ``size`` bytes more fit, as far as they are not in use."""
+        found = [(path.stat(), path) for path in self.cache.glob(_CACHED)]
+        total = sum(stat.st_size for stat, _ in found) + size
+        for stat, path in sorted(found, key=lambda item: item[0].st_mtime_ns):
+            if total <= self.limit:
+                return
+            if _unused(path):
+                path.unlink()
+                total -= stat.st_size
+        if total > self.limit and self.cache not in _warned:
+            _warned.add(self.cache)
+            logger.warning(
+                "%s: %d bytes of shards are in use at once, more than data.cache_bytes (%d): the cache exceeds it",
+                self.cache, total, self.limit,
+            )  # fmt: skip
+
+    def _download(self, name: str, sha256: str, path: Path) -> None:
+        url = f"{self.url}/{name}"
+        part = path.with_name(f"{path.name}.part")
+        problem = ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(PATIENCE * 2 ** (attempt - 1))
+            try:
+                part.parent.mkdir(parents=True, exist_ok=True)
+                _get(url, part)
+                if file_sha256(part) == sha256:
+                    part.replace(path)
+                    return
+                problem = "its bytes are not those that the manifest names"
+            except FileNotFoundError:
+                raise InputError(f"{url}: no such file; is the whole dataset there?") from None
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+                    raise InputError(f"{part}: cannot be written ({error.strerror}); set data.cache") from None
+                problem = _first_line(error)
+            finally:
+                part.unlink(missing_ok=True)
+        raise InputError(f"{url}: cannot be fetched, {ATTEMPTS} attempts failed ({problem}); try again later")
+
+
+def open_store(location: str, settings: CacheSettings) -> tuple[Store, bytes]:
+    """Reach a remote dataset: its store, and the bytes of its manifest.
+
+    Raises:
+        InputError: when there is no such dataset, or no way to reach it; names the URL.
+    """
+    url = location.rstrip("/")
+    cache = settings.resolved()
+    raw = _read(f"{url}/manifest.json")
+    folder = cache / hashlib.sha256(raw).hexdigest()[:32]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "manifest.json").exists():
+            write_atomic(folder / "manifest.json", raw)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); set data.cache or DCTC_CACHE") from None
+    return Store(url, cache, folder, settings.limit), raw
+
+
+def fetch_index(store: Store, columns: dict[str, str]) -> None:
+    """Fetch the index columns (name -> sha256); one that is there but damaged is fetched again.
+
+    Raises:
+        InputError: as :meth:`Store.fetch`.
+    """
+    for column, sha256 in columns.items():
+        path = store.folder / "index" / f"{column}.npy"
+        with _alone(store.cache):
+            if path.exists() and file_sha256(path) != sha256:
+                path.unlink()
+        store.fetch(f"index/{column}.npy", sha256)
+
+
+def _read(url: str) -> bytes:
+    problem = ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(PATIENCE * 2 ** (attempt - 1))
+        filesystem, path = _filesystem(url)
+        try:
+            return bytes(filesystem.cat_file(path))
+        except FileNotFoundError:
+            raise InputError(f"{url}: no such file, so there is no complete dataset here") from None
+        except Exception as error:  # a filesystem may raise anything
+            problem = _first_line(error)
+    raise InputError(f"{url}: cannot be read, {ATTEMPTS} attempts failed ({problem}); is the server there?")
+
+
+def _get(url: str, part: Path) -> None:
+    filesystem, path = _filesystem(url)
+    try:
+        filesystem.get_file(path, str(part))
+    except OSError:
+        raise
+    except Exception as error:  # a filesystem may raise anything
+        raise ConnectionError(_first_line(error)) from None
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    protocol = url.partition("://")[0]
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(url, **_timeouts(protocol))  # type: ignore[no-any-return]
+    except ImportError as error:
+        raise InputError(
+            f"{url}: datasets behind {protocol}:// need the extra `remote`: pip install 'dctc[remote]' ({error})"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{url}: not a URL that can be read ({error})") from None
+
+
+def _timeouts(protocol: str) -> dict[str, Any]:
+    """Options that make a silent server an error; fsspec itself would wait for minutes."""
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=STALLED_SECONDS)
+        return {"client_kwargs": {"timeout": limits}}
+    if protocol in ("s3", "s3a"):
+        retries = {"max_attempts": 1}  # we make the attempts
+        return {
+            "config_kwargs": {
+                "connect_timeout": CONNECT_SECONDS, "read_timeout": STALLED_SECONDS, "retries": retries,
+            }
+        }  # fmt: skip
+    return {}
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Hold the cache's lock; the kernel frees it when its holder dies."""
+    with (cache / "lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_parts(cache: Path) -> None:
+    for path in cache.glob("*/*/*.part"):
+        path.unlink(missing_ok=True)
+
+
+def _unused(path: Path) -> bool:
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

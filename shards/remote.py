@@ -208,13 +208,16 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         import fsspec
 
-        return fsspec.core.url_to_fs(url, **_timeouts(protocol))  # type: ignore[no-any-return]
+        filesystem, path = fsspec.core.url_to_fs(url, **_timeouts(protocol))
     except ImportError as error:
         raise InputError(
             f"{url}: datasets behind {protocol}:// need the extra `remote`: pip install 'dctc[remote]' ({error})"
         ) from None
     except ValueError as error:
         raise InputError(f"{url}: not a URL that can be read ({error})") from None
+    if protocol in ("s3", "s3a"):
+        filesystem.retries = 1  # of s3fs's own; attempts of attempts would take half a minute to fail
+    return filesystem, path
 
 
 def _timeouts(protocol: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -174,7 +175,7 @@ def test_probabilities_and_entropy_are_stored_as_documented(tmp_path: Path) -> N
     truth[0, :5, :7] = 200  # no class: all six equally likely
     scene = write_scene(tmp_path / "scene.tif", truth)
     outputs = predict_scene(Oracle(), scene, tmp_path, net="s2", probabilities=True, entropy=True)
-    best = np.e**8 / (np.e**8 + 5)
+    best = math.exp(8) / (math.exp(8) + 5)
     with rasterio.open(outputs.probabilities) as file:
         assert file.descriptions == tuple(info.name for info in CLASSES)
         assert file.scales == (1 / 250,) * 6

@@ -11,7 +11,7 @@ if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent
 
 import warnings
 
-from dctc.config import load_config
+from dctc.config import Config, load_config
 from dctc.engine.build import finish, is_finished, locate, make_folder, prepare, resolve
 from dctc.engine.parallel import Parallel
 from dctc.engine.preempt import EXIT_PREEMPTED, StopRequest
@@ -29,6 +29,13 @@ def main(arguments: list[str]) -> int:
     dataset = Dataset.open(config.data.dataset, config.data.cache_settings)
     stop = StopRequest()
     parallel = Parallel(config.parallel.strategy)
+    try:
+        return _train(config, dataset, parallel, stop)
+    finally:
+        parallel.close()  # a process that ends inside its group may abort, whatever it has to say
+
+
+def _train(config: Config, dataset: Dataset, parallel: Parallel, stop: StopRequest) -> int:
     run = locate(config, dataset, parallel)
     if is_finished(config, run):
         if parallel.is_main:
@@ -53,7 +60,6 @@ def main(arguments: list[str]) -> int:
         status = "FINISHED" if finished else "KILLED"
     finally:
         tracker.finish(status)
-        parallel.close()
     return 0 if finished else EXIT_PREEMPTED
 
 

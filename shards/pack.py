@@ -235,7 +235,9 @@ def _finished(recipe: Recipe, root: Path, out: Path, scenes: Sequence[Scene], ve
     damage = find_damage(out) if verify else []
     if damage:
         raise InputError(f"{out}: the dataset is damaged ({'; '.join(damage)}); --fresh packs it again")
-    shutil.rmtree(out / STAGING, ignore_errors=True)  # of a run that ended between its commit and its cleaning up
+    # Of a run that ended between its commit and its cleaning up, or while it drew the contact sheet.
+    shutil.rmtree(out / STAGING, ignore_errors=True)
+    remove_temporaries(out)
     return packed
 
 

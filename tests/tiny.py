@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,9 +74,10 @@ def launch(processes: int, config: Path, *overrides: str, check: bool = True) ->
 
 
 def interrupt(command: Sequence[object], signal_number: int, until: Path) -> int:
-    """Start a command of this environment, send its whole process group a signal once ``until`` exists.
+    """Start a command of this environment, send it and all its processes a signal once ``until`` exists.
 
-    Returns its exit status; fails when it ended before the signal.
+    Returns its exit status; fails when it ended before the signal. A launcher's ranks have sessions of their own, and
+    those of one that was killed alone would train on beside whoever starts the run again.
     """
     process = subprocess.Popen(
         [str(SCRIPTS / str(command[0])), *map(str, command[1:])],
@@ -90,8 +93,13 @@ def interrupt(command: Sequence[object], signal_number: int, until: Path) -> int
         assert time.monotonic() < deadline, f"{until} did not appear"
         time.sleep(0.002)
     assert process.poll() is None, "it ended before the signal"
-    os.killpg(process.pid, signal_number)
-    return process.wait(timeout=60)
+    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in tree:
+        with suppress(psutil.NoSuchProcess):
+            member.send_signal(signal_number)
+    status = process.wait(timeout=60)
+    assert not psutil.wait_procs(tree[1:], timeout=60)[1], "processes of the command outlived it"
+    return status
 
 
 def losses(folder: Path) -> list[dict[str, float]]:

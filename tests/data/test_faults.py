@@ -235,6 +235,15 @@ def test_a_limit_on_file_sizes(packed: Packed, towns: Path, tmp_path: Path, opti
     assert without_preview(out) == digests(packed.root)
 
 
+def test_killed_while_the_contact_sheet_is_drawn(packed: Packed, towns: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    assert shard(towns, out).wait() == 0
+    (out / ".preview.png.0123456789ab.tmp").write_bytes(b"half")  # as files.atomic_file leaves it
+    (out / "preview.png").unlink()
+    assert shard(towns, out).wait() == 0
+    assert without_preview(out) == digests(packed.root)
+
+
 @pytest.mark.parametrize(
     "environment",
     [

@@ -68,6 +68,7 @@ def test_two_processes_killed_and_run_again(tmp_path: Path, tiny_dataset: Path) 
     interrupt(command, signal.SIGKILL, folder / "checkpoints" / "step-00000003")
     launch(2, config)
     assert_same_weights(folder, folder_of(whole))
+    assert "finished, nothing to do" in launch(2, config).stdout, "and both ranks leave their group in good order"
 
 
 def test_a_changed_setting_is_refused_by_name(tmp_path: Path, tiny_dataset: Path, uninterrupted: Path) -> None:

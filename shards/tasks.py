@@ -10,17 +10,16 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from types import FrameType
 from typing import Protocol, TypeVar
 
 from shards.errors import InputError
+from shards.lifetime import leave_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -120,21 +119,14 @@ def _call(function: Callable[[Item], Result], item: Item) -> Result:
 
 
 def _prepare() -> None:
-    """End this worker when its parent is killed, which would otherwise leave it waiting for work for ever.
+    """Make a worker end when its parent is killed, or terminates it.
 
     Ctrl-C is the parent's to answer: it terminates the workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
+    leave_with_parent()
 
 
 def _stop(_: int, __: FrameType | None) -> None:
     raise SystemExit
-
-
-def _leave_with(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)

@@ -73,12 +73,8 @@ def launch(processes: int, config: Path, *overrides: str, check: bool = True) ->
     return run("accelerate", *launch_arguments(processes), config, *overrides, check=check, ACCELERATE_USE_CPU="true")
 
 
-def interrupt(command: Sequence[object], signal_number: int, until: Path) -> int:
-    """Start a command of this environment, send it and all its processes a signal once ``until`` exists.
-
-    Returns its exit status; fails when it ended before the signal. A launcher's ranks have sessions of their own, and
-    those of one that was killed alone would train on beside whoever starts the run again.
-    """
+def start(command: Sequence[object], until: Path) -> subprocess.Popen[bytes]:
+    """Start a command of this environment and wait until ``until`` exists; fails when it has ended by then."""
     process = subprocess.Popen(
         [str(SCRIPTS / str(command[0])), *map(str, command[1:])],
         cwd=ROOT,
@@ -92,13 +88,23 @@ def interrupt(command: Sequence[object], signal_number: int, until: Path) -> int
         assert process.poll() is None, f"{command[0]} ended with {process.returncode} before {until} appeared"
         assert time.monotonic() < deadline, f"{until} did not appear"
         time.sleep(0.002)
-    assert process.poll() is None, "it ended before the signal"
-    tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in tree:
+    assert process.poll() is None, "it ended too early"
+    return process
+
+
+def interrupt(command: Sequence[object], signal_number: int, until: Path) -> int:
+    """Start a command of this environment, send it and all its processes a signal once ``until`` exists.
+
+    Returns its exit status; fails when it ended before the signal. A launcher's ranks have sessions of their own, and
+    those of one that was killed alone would train on beside whoever starts the run again.
+    """
+    process = start(command, until)
+    others = psutil.Process(process.pid).children(recursive=True)
+    for member in (psutil.Process(process.pid), *others):
         with suppress(psutil.NoSuchProcess):
             member.send_signal(signal_number)
     status = process.wait(timeout=60)
-    assert not psutil.wait_procs(tree[1:], timeout=60)[1], "processes of the command outlived it"
+    assert not psutil.wait_procs(others, timeout=60)[1], "processes of the command outlived it"
     return status
 
 

@@ -24,6 +24,7 @@ from dctc.data.order import BlockOrder, GlobalOrder, Indices, Layout, Order, Ran
 from dctc.data.tiles import RawBatch, TileDataset
 from shards.errors import InputError
 from shards.index import Index
+from shards.lifetime import leave_with_parent
 from shards.manifest import IGNORE, Dataset, Manifest
 
 Loader = DataLoader[RawBatch]
@@ -41,12 +42,16 @@ def _loader(tiles: TileDataset, batches: object, workers: int, prefetch: int, pi
         collate_fn=_whole,  # type: ignore[arg-type]  # __getitems__ has already made the batch
         pin_memory=pin,
         multiprocessing_context="forkserver" if workers else None,  # fork would copy the tracker's threads and locks
-        worker_init_fn=_leave_signals_to_the_trainer if workers else None,
+        worker_init_fn=_prepare_worker if workers else None,
     )
 
 
-def _leave_signals_to_the_trainer(_: int) -> None:
-    """Ctrl-C and a scheduler's signals reach the whole group; a worker that dies of one would spoil the checkpoint."""
+def _prepare_worker(_: int) -> None:
+    """Leave signals to the trainer, and end with it.
+
+    Ctrl-C and a scheduler's signals reach the whole group; a worker that dies of one would spoil the checkpoint.
+    """
+    leave_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

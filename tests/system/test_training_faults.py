@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dctc.data.loaders import Normaliser, evaluation_batches
@@ -12,7 +13,7 @@ from dctc.engine.checkpoint import complete
 from dctc.train import command
 from shards.index import Index
 from shards.manifest import Dataset
-from tests.tiny import write_config
+from tests.tiny import start, write_config
 
 
 def test_a_loss_that_is_not_finite_leaves_no_checkpoint_to_go_on_from(tmp_path: Path, tiny_dataset: Path) -> None:
@@ -24,6 +25,17 @@ def test_a_loss_that_is_not_finite_leaves_no_checkpoint_to_go_on_from(tmp_path: 
     folder = tmp_path / "runs" / "synthetic-scene" / "wild"
     assert len(complete(folder / "checkpoints")) < 6
     assert not (folder / "model.safetensors").exists()
+
+
+def test_loader_workers_end_with_a_trainer_that_is_killed(tmp_path: Path, tiny_dataset: Path) -> None:
+    config = write_config(tmp_path / "killed.yaml", tiny_dataset, data={"workers": 2}, schedule={"rounds": 1000})
+    folder = tmp_path / "runs" / "synthetic-scene" / "killed"
+    process = start(["dctc", "train", config], folder / "checkpoints" / "latest")
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert len(family) > 4, "two workers for each of the streams, and the server that forks them"
+    assert not psutil.wait_procs(family, timeout=20)[1]
 
 
 def test_evaluating_again_and_again_opens_no_more_files(tiny_dataset: Path) -> None:

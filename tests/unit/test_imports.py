@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 LAST = "cli"  # the user's door: may import every room, and is imported by none
 
-SHARDS_FOR_DCTC = {"codec", "errors", "index", "manifest", "remote"}
+SHARDS_FOR_DCTC = {"codec", "errors", "index", "lifetime", "manifest", "remote"}
 SHARDS_FOR_ROOM = {
     "config": {"errors", "manifest", "remote"},
     "tracking": {"errors", "manifest"},

@@ -41,9 +41,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
 Device = Annotated[str, typer.Option(help="auto (a GPU when there is one), cpu, cuda or cuda:1")]
 
 
+def _own_folder(text: str) -> Path:
+    """Where files are to be written; a URL would silently become the folder `s3:`."""
+    if "://" in text:
+        raise InputError(f"{text}: is a URL; write to a folder of this machine, and copy that there as it is")
+    return Path(text)
+
+
 @app.command()
 def synth(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="folder for the scenes")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="folder for the scenes", parser=_own_folder)],
     scenes: Annotated[int, typer.Option(min=1, help="number of scenes")] = 12,
     size: Annotated[int, typer.Option(min=64, help="side of a scene in pixels")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same files")] = 0,
@@ -62,7 +69,7 @@ def synth(
 @app.command()
 def shard(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="what the dataset is: configs/data/*.yaml")],
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="the dataset folder to make")],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="the dataset folder to make", parser=_own_folder)],
     overrides: Overrides = None,
     root: Annotated[Path, typer.Option(help="the folder that the recipe's patterns start from")] = Path(),
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")] = None,
@@ -131,7 +138,7 @@ def inspect(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DATASET")],
+    folder: Annotated[str, typer.Argument(metavar="DATASET", help="folder or URL")],
     rebuild: Annotated[bool, typer.Option("--rebuild-index", help="write a lost index again from the shards")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -147,7 +154,7 @@ def verify(
         out.print(f"index columns written again: {', '.join(lost) or 'none was damaged'}", markup=False)
     damages = damages_of(folder)
     if as_json:
-        print(json.dumps({"dataset": str(folder), "damages": damages}, indent=1))
+        print(json.dumps({"dataset": folder, "damages": damages}, indent=1))
     else:
         for damage in damages:
             out.print(damage, markup=False)
@@ -219,7 +226,7 @@ def evaluate(
 def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="RUN/model.safetensors")],
     scenes: Annotated[list[Path], typer.Argument(metavar="SCENE...", help="rasters with the model's bands")],
-    folder: Annotated[Path, typer.Option("--out", help="folder for the maps")],
+    folder: Annotated[Path, typer.Option("--out", help="folder for the maps", parser=_own_folder)],
     net: Annotated[str | None, typer.Option(help="s1, s2, mean or teacher; default: the headline")] = None,
     overlap: Annotated[float, typer.Option(help="share of a window's side that neighbours share, 0 to 0.9")] = 0.25,
     batch: Annotated[int, typer.Option(min=1, help="windows at once")] = 8,

@@ -170,32 +170,42 @@ def rebuild(dataset: Dataset) -> dict[str, Column]:
     for number, shard in enumerate(dataset.manifest.shards):
         path = dataset.root / shard.name
         try:
-            for member in members(path):
-                key, _, suffix = member.name.partition(".")
-                tile = tiles.setdefault(key, {"shard": number, "split": SPLITS.index(shard.split)})
-                what = suffix.partition(".")[0]
-                tile |= {f"{what}_offset": member.offset, f"{what}_size": member.size}
-            _read_contents(path, (tile for tile in tiles.values() if tile["shard"] == number), scene_of)
+            found = _tiles_of(path, scene_of)
         except FileNotFoundError:
             raise InputError(f"{path}: is missing; pack the dataset again") from None
+        except (ValueError, KeyError, TypeError):  # of members, metadata or scenes that are not this dataset's
+            raise InputError(
+                f"{path}: is damaged or no shard of this dataset; `dctc verify` says more, pack the dataset again"
+            ) from None
+        tiles |= {key: tile | {"shard": number, "split": SPLITS.index(shard.split)} for key, tile in found.items()}
     return _columns(dataset, tiles)
 
 
-def _read_contents(path: Path, tiles: Any, scene_of: Mapping[str, int]) -> None:
+def _tiles_of(path: Path, scene_of: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """By key what the index says of each tile of a shard; ValueError, KeyError or TypeError for other content."""
+    tiles: dict[str, dict[str, Any]] = {}
+    for member in members(path):
+        key, _, suffix = member.name.partition(".")
+        what = suffix.partition(".")[0]
+        if what not in ("image", "mask", "label", "meta"):
+            raise ValueError(member.name)
+        tiles.setdefault(key, {}).update({f"{what}_offset": member.offset, f"{what}_size": member.size})
     with path.open("rb") as file:
 
         def read(tile: Mapping[str, Any], what: str) -> bytes:
             file.seek(tile[f"{what}_offset"])
             return file.read(tile[f"{what}_size"])
 
-        for tile in tiles:
+        for tile in tiles.values():
             meta = json.loads(read(tile, "meta"))
             tile["scene"] = scene_of[meta["scene"]]
-            tile["valid_share"] = meta["valid_share"]
+            tile["valid_share"] = float(meta["valid_share"])
             tile["classes"] = sum(1 << k for k in meta["classes"])
-            for what in ("image", "label", "mask"):
+            tile["image_crc32"] = zlib.crc32(read(tile, "image"))
+            for what in ("label", "mask"):
                 if f"{what}_size" in tile:
                     tile[f"{what}_crc32"] = zlib.crc32(read(tile, what))
+    return tiles
 
 
 def _columns(dataset: Dataset, tiles: Mapping[str, Mapping[str, Any]]) -> dict[str, Column]:

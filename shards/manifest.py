@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from io import FileIO
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shards.errors import InputError
 from shards.remote import CacheSettings, Store, fetch_index, is_url, open_store
@@ -86,7 +86,7 @@ class Separation(_Record):
 class Shard(_Record):
     """One tar file; ``name`` is relative to the dataset folder. A shard holds tiles of one split only."""
 
-    name: str
+    name: str = Field(pattern=r"^shards/(train|val|test)-\d{6,}\.tar$")  # nothing that leads out of the folder
     split: Literal["train", "val", "test"]
     tiles: int
     labelled: int
@@ -113,7 +113,7 @@ class Manifest(_Record):
     labelled: Labelled
     separation: Separation | None  # of protocol block
     shards: list[Shard]  # position = index column `shard`
-    index: dict[str, str]  # column name -> sha256 of its .npy file
+    index: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]+$")], str]  # column name -> sha256 of its .npy file
     plan_sha256: str
 
     @property
@@ -207,6 +207,12 @@ class Dataset:
         except OSError as error:
             why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error.strerror})"
             raise InputError(f"{self.root / shard.name}: {why}; pack the dataset again") from None
+
+    def discard_damaged_shard(self, number: int) -> None:
+        """Remove a node's copy of shard ``number`` of a remote dataset if it is damaged; it is then fetched again."""
+        shard = self.manifest.shards[number]
+        if self.store is not None:
+            self.store.discard_damaged(shard.name, shard.sha256)
 
 
 def parse_manifest(raw: bytes, path: Path | str) -> Manifest:

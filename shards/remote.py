@@ -1,10 +1,11 @@
 """Datasets behind a URL: whole files fetched once a node into a cache that is bounded by bytes.
 
-All that changes the cache happens under one file lock, so there is one downloader a node, whatever processes, loader
-workers and threads share the folder. A file is fetched to ``NAME.part``, hashed, and only then gets its name; what is
-called ``.part`` is never read, and the next holder of the lock removes it: its writer is dead. A shard in use carries a
-shared lock (:meth:`Store.open_file`); room is made by removing the least recently used shards without one. What is in
-use may exceed the limit, never block: the store says so once.
+Each file has a lock, so that one downloader a node fetches it, whatever processes, loader workers and threads share the
+cache, and a server that hangs holds up nobody but those who want that file. It is fetched to ``NAME.part``, hashed, and
+only then gets its name; what is called ``.part`` is never read. Making room and naming happen under the cache's lock,
+which nobody holds for long: ``.part`` files whose lock is free go, their writers are dead, then the least recently used
+shards. A shard in use carries a shared lock (:meth:`Store.open_file`) and stays. What is in use may exceed the limit,
+never block: the store says so once.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from shards.errors import InputError
@@ -30,7 +32,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_BYTES = 64 * 2**30
 ATTEMPTS = 4
 PATIENCE = 0.25  # seconds before the second attempt; doubled each time
-CONNECT_SECONDS, STALLED_SECONDS = 5, 30  # without a connection, without a byte
+CONNECT_SECONDS, STALLED_SECONDS = 5, 20  # without a connection, without a byte
+GIVE_UP = 30.0  # seconds after which no further attempt is begun
 _CACHED = "*/shards/*.tar"
 _warned: set[Path] = set()  # caches of which this process has said that they are too small
 
@@ -73,22 +76,55 @@ class Store:
     folder: Path
     limit: int
 
-    def fetch(self, name: str, sha256: str, size: int | None = None) -> Path:
+    def fetch(self, name: str, sha256: str, size: int | None = None, *, check: bool = False) -> Path:
         """The local copy of the file ``name``, fetched now unless it is there.
+
+        Args:
+            size: of a shard, its bytes, for which room is made.
+            check: hash a copy that is there, and fetch it again when it is not right.
 
         Raises:
             InputError: when the server cannot be reached, has no such file or other bytes; names the URL.
         """
         path = self.folder / name
+        if check:
+            self.discard_damaged(name, sha256)
         if path.exists():
             return path
-        with _alone(self.cache):
+        with _locked(self._lock_of(path)):
             if not path.exists():  # another process may have fetched it meanwhile
-                _remove_parts(self.cache)
                 if size is not None:
-                    self._make_room(size)
-                self._download(name, sha256, path)
+                    with _locked(self.cache / "lock"):
+                        self._make_room(size)
+                self._download(name, sha256, path, size)
         return path
+
+    def discard_damaged(self, name: str, sha256: str) -> None:
+        """Remove the local copy of a file if it is not what it should be; whoever has it open keeps what he has."""
+        path = self.folder / name
+        if path.exists():
+            with _locked(self._lock_of(path)), suppress(FileNotFoundError):  # evicted meanwhile
+                if file_sha256(path) != sha256:
+                    path.unlink()
+
+    def sha256_of(self, name: str) -> str:
+        """sha256 of a file as it lies on the server, past the cache; raises :class:`InputError` as :meth:`fetch`."""
+        attempts = _Attempts()
+        for _ in attempts:
+            with TemporaryDirectory(dir=self.cache, prefix="verify-") as place:
+                try:
+                    _get(f"{self.url}/{name}", Path(place) / "copy")
+                    return file_sha256(Path(place) / "copy")
+                except FileNotFoundError:
+                    raise InputError(f"{self.url}/{name}: is missing") from None
+                except OSError as error:
+                    attempts.problem = _first_line(error)
+        raise InputError(f"{self.url}/{name}: cannot be fetched, {attempts}")
+
+    def _lock_of(self, path: Path) -> Path:
+        """The lock of a file of the cache; beside the datasets, so that who removes one of them removes no lock."""
+        name = path.relative_to(self.cache).as_posix().replace("/", "_")
+        return self.cache / "locks" / f"{name}.lock"
 
     def open_file(self, name: str, sha256: str, size: int) -> FileIO:
         """The file, open for reading and safe from eviction until it is closed; raises as :meth:`fetch`."""
@@ -105,6 +141,8 @@ class Store:
 
     def _make_room(self, size: int) -> None:
         """Remove the least recently used shards until ``size`` bytes more fit, as far as they are not in use."""
+        for part in [*self.cache.glob("*/*.part"), *self.cache.glob("*/*/*.part")]:
+            _remove_dead(part, self._lock_of(part.with_suffix("")))
         found = [(path.stat(), path) for path in self.cache.glob(_CACHED)]
         total = sum(stat.st_size for stat, _ in found) + size
         for stat, path in sorted(found, key=lambda item: item[0].st_mtime_ns):
@@ -120,29 +158,48 @@ class Store:
                 self.cache, total, self.limit,
             )  # fmt: skip
 
-    def _download(self, name: str, sha256: str, path: Path) -> None:
+    def _download(self, name: str, sha256: str, path: Path, size: int | None) -> None:
         url = f"{self.url}/{name}"
         part = path.with_name(f"{path.name}.part")
-        problem = ""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                time.sleep(PATIENCE * 2 ** (attempt - 1))
+        attempts = _Attempts()
+        for _ in attempts:
             try:
                 part.parent.mkdir(parents=True, exist_ok=True)
                 _get(url, part)
                 if file_sha256(part) == sha256:
-                    part.replace(path)
+                    with _locked(self.cache / "lock"):
+                        if size is not None:
+                            self._make_room(size)  # again: others may have taken it while this one was on its way
+                        part.replace(path)
                     return
-                problem = "its bytes are not those that the manifest names"
+                attempts.problem = "its bytes are not those that the manifest names"
             except FileNotFoundError:
                 raise InputError(f"{url}: no such file; is the whole dataset there?") from None
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
                     raise InputError(f"{part}: cannot be written ({error.strerror}); set data.cache") from None
-                problem = _first_line(error)
+                attempts.problem = _first_line(error)
             finally:
                 part.unlink(missing_ok=True)
-        raise InputError(f"{url}: cannot be fetched, {ATTEMPTS} attempts failed ({problem}); try again later")
+        raise InputError(f"{url}: cannot be fetched, {attempts}; try again later")
+
+
+class _Attempts:
+    """Some attempts with growing pauses; none begins after :data:`GIVE_UP` seconds."""
+
+    def __init__(self) -> None:
+        self.made, self.problem = 0, ""
+
+    def __iter__(self) -> Iterator[int]:
+        begun = time.monotonic()
+        while self.made < ATTEMPTS and time.monotonic() - begun < GIVE_UP:
+            if self.made:
+                time.sleep(PATIENCE * 2 ** (self.made - 1))
+            self.made += 1
+            yield self.made
+
+    def __str__(self) -> str:
+        return f"{self.made} attempts failed ({self.problem})"
 
 
 def open_store(location: str, settings: CacheSettings) -> tuple[Store, bytes]:
@@ -157,8 +214,9 @@ def open_store(location: str, settings: CacheSettings) -> tuple[Store, bytes]:
     folder = cache / hashlib.sha256(raw).hexdigest()[:32]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "manifest.json").exists():
-            write_atomic(folder / "manifest.json", raw)
+        known = folder / "manifest.json"
+        if not known.exists() or known.read_bytes() != raw:
+            write_atomic(known, raw)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); set data.cache or DCTC_CACHE") from None
     return Store(url, cache, folder, settings.limit), raw
@@ -171,26 +229,20 @@ def fetch_index(store: Store, columns: dict[str, str]) -> None:
         InputError: as :meth:`Store.fetch`.
     """
     for column, sha256 in columns.items():
-        path = store.folder / "index" / f"{column}.npy"
-        with _alone(store.cache):
-            if path.exists() and file_sha256(path) != sha256:
-                path.unlink()
-        store.fetch(f"index/{column}.npy", sha256)
+        store.fetch(f"index/{column}.npy", sha256, check=True)
 
 
 def _read(url: str) -> bytes:
-    problem = ""
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(PATIENCE * 2 ** (attempt - 1))
+    attempts = _Attempts()
+    for _ in attempts:
         filesystem, path = _filesystem(url)
         try:
             return bytes(filesystem.cat_file(path))
         except FileNotFoundError:
             raise InputError(f"{url}: no such file, so there is no complete dataset here") from None
         except Exception as error:  # a filesystem may raise anything
-            problem = _first_line(error)
-    raise InputError(f"{url}: cannot be read, {ATTEMPTS} attempts failed ({problem}); is the server there?")
+            attempts.problem = _first_line(error)
+    raise InputError(f"{url}: cannot be read, {attempts}; is the server there?")
 
 
 def _get(url: str, part: Path) -> None:
@@ -238,16 +290,19 @@ def _timeouts(protocol: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """Hold the cache's lock; the kernel frees it when its holder dies."""
-    with (cache / "lock").open("ab") as file:
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock; the kernel frees it when its holder dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _remove_parts(cache: Path) -> None:
-    for path in cache.glob("*/*/*.part"):
-        path.unlink(missing_ok=True)
+def _remove_dead(part: Path, lock: Path) -> None:
+    """Remove what a dead process has left of a file, unless another one is fetching it now."""
+    with lock.open("ab") as file, suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        part.unlink(missing_ok=True)
 
 
 def _unused(path: Path) -> bool:

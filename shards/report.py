@@ -127,7 +127,7 @@ def read_plan(dataset: Dataset) -> dict[str, Any]:
     """
     path = dataset.root / PLAN
     if dataset.store is not None:
-        dataset.store.fetch(PLAN, dataset.manifest.plan_sha256)
+        dataset.store.fetch(PLAN, dataset.manifest.plan_sha256, check=True)
     try:
         plan: dict[str, Any] = json.loads(path.read_bytes())
     except (OSError, ValueError):

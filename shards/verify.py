@@ -11,7 +11,8 @@ import numpy as np
 from shards.errors import InputError
 from shards.files import file_sha256
 from shards.index import COLUMNS, Index, column_sha256, rebuild, tile_name, write_index
-from shards.manifest import Dataset
+from shards.manifest import MANIFEST, Dataset, parse_manifest
+from shards.remote import CacheSettings, is_url, open_store
 from shards.report import PLAN
 
 _NAMED = 5  # damaged tiles that are named for each shard
@@ -20,12 +21,15 @@ _NAMED = 5  # damaged tiles that are named for each shard
 def verify(root: str | Path, progress: Callable[[int, int], None] | None = None) -> list[str]:
     """Damages of a dataset, one sentence each; an empty list means that it is sound.
 
-    Every shard, index column and plan.json is read and hashed; in a damaged shard the damaged tiles are named.
+    Every shard, index column and plan.json is read and hashed; in a damaged shard of a folder the damaged tiles are
+    named. Of a dataset behind a URL what lies on the server is fetched and hashed, whatever the cache holds.
     ``progress`` is told how many shards of how many are checked.
 
     Raises:
         InputError: when there is no readable manifest.
     """
+    if is_url(root):
+        return _verify_remote(str(root), progress)
     dataset = Dataset.open(root)
     damages = _check_file(dataset.root / PLAN, dataset.manifest.plan_sha256)
     damages += [f"{path}: does not belong to the dataset" for path in _strangers(dataset)]
@@ -46,6 +50,23 @@ def verify(root: str | Path, progress: Callable[[int, int], None] | None = None)
     return damages
 
 
+def _verify_remote(url: str, progress: Callable[[int, int], None] | None) -> list[str]:
+    store, raw = open_store(url, CacheSettings())
+    manifest = parse_manifest(raw, f"{store.url}/{MANIFEST}")
+    others = [(PLAN, manifest.plan_sha256), *((f"index/{name}.npy", manifest.index.get(name, "")) for name in COLUMNS)]
+    files = [*others, *((shard.name, shard.sha256) for shard in manifest.shards)]
+    damages = []
+    for number, (name, sha256) in enumerate(files, start=1):
+        try:
+            if store.sha256_of(name) != sha256:
+                damages.append(f"{store.url}/{name}: its sha256 is not that of the manifest")
+        except InputError as error:
+            damages.append(error.message)
+        if progress is not None and number > len(others):
+            progress(number - len(others), len(manifest.shards))
+    return damages
+
+
 def rebuild_index(root: str | Path) -> list[str]:
     """Write the index again from the shards; the names of the columns that were damaged or missing.
 
@@ -54,6 +75,8 @@ def rebuild_index(root: str | Path) -> list[str]:
     Raises:
         InputError: when the shards do not give that index.
     """
+    if is_url(root):
+        raise InputError(f"{root}: an index is written again where the shards lie: give that folder")
     dataset = Dataset.open(root)
     columns = rebuild(dataset)
     wrong = [name for name, column in columns.items() if column_sha256(column) != dataset.manifest.index.get(name)]

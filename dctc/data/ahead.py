@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,14 +19,16 @@ from shards.errors import InputError
 from shards.manifest import Dataset
 
 AHEAD = 256  # batches whose shards are fetched before they are asked for
+MOST_PINS = 64  # open files of one look-ahead; a usual limit of a process is 1024
 _Tensors = tuple[Tensor, Tensor, Tensor | None]
 
 
 class LookAhead:
     """Fetches the shards of coming batches into the node's cache, from a thread, and pins them until they are read.
 
-    It pins at most a quarter of the cache's limit (two streams and a validation have one each), so that it cannot
-    crowd out what is being read. A fetch that fails ends it: who reads the tile meets the same error and says so.
+    All look-aheads of a node (two streams and a validation have one each, on every rank) pin at most three quarters of
+    the cache's limit, so that they cannot crowd out what is being read. A fetch that fails ends it: who reads the tile
+    meets the same error and says so.
     For a dataset in a folder it does nothing.
 
     Args:
@@ -67,7 +70,12 @@ class LookAhead:
                         return
                     file = self._pins[shard][0] if shard in self._pins else self._dataset.open_shard(shard)
                     self._pins[shard] = (file, number)
-        except InputError:
+            with self._changed:  # the last ones are pinned until they are read, too
+                while not self._stopped and self._delivered <= max(
+                    (last for _, last in self._pins.values()), default=-1
+                ):
+                    self._changed.wait()
+        except (InputError, OSError):
             return
         finally:
             for file, _ in self._pins.values():
@@ -76,7 +84,7 @@ class LookAhead:
     def _wait_for_room(self, number: int, shard: int) -> bool:
         """Wait until batch ``number`` is near and its shard may be pinned; False when it is no longer wanted."""
         assert self._dataset.store is not None
-        budget = self._dataset.store.limit // 4
+        budget = self._dataset.store.limit // (4 * _ranks_of_this_node())
         sizes = self._dataset.manifest.shards
         with self._changed:
             while not self._stopped:
@@ -85,11 +93,17 @@ class LookAhead:
                         file.close()
                         del self._pins[known]
                 pinned = sum(sizes[known].bytes for known in self._pins)
-                fits = shard in self._pins or not self._pins or pinned + sizes[shard].bytes <= budget
+                room = len(self._pins) < MOST_PINS and pinned + sizes[shard].bytes <= budget
+                fits = shard in self._pins or not self._pins or room
                 if fits and number < self._delivered + AHEAD:
                     return True
                 self._changed.wait()
         return False
+
+
+def _ranks_of_this_node() -> int:
+    """As torchrun and accelerate tell each process that they start."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class CopyAhead:

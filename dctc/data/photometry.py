@@ -6,7 +6,7 @@ with u the sample's numbers in [0, 1):
 - contrast and brightness: (0.6 + 0.8 u) x + (u - 1/2);
 - gamma: sign(x) |x|^g, g = 0.7 * 2^u;
 - for each band a gain 0.8 + 0.4 u and an offset 0.4 (u - 1/2);
-- in half of the samples a Gaussian blur, deviation 0.1 + 1.9 u pixels;
+- in half of the samples a Gaussian blur over the valid pixels, deviation 0.1 + 1.9 u pixels;
 - in half of the samples noise of deviation 0.1 u;
 - in half of the samples a square box of at most a quarter of the area is cut out: it is no longer valid.
 """
@@ -40,7 +40,10 @@ def distort(images: Tensor, valid: Tensor, words: NDArray[np.uint64]) -> tuple[T
     bands = _hashed(torch.arange(2 * x.shape[1], device=device)[None], keys[:, :1]).view(len(x), 2, -1, 1, 1)
     x = x * (0.8 + 0.4 * bands[:, 0]) + 0.4 * (bands[:, 1] - 0.5)
     x = torch.where(valid[:, None], x, 0.0)
-    x = torch.where((u[:, 3] < 0.5)[:, None, None, None], _blurred(x, 0.1 + 1.9 * u[:, 4]), x)
+    seen = valid[:, None].float()
+    both = _blurred(torch.cat([x, seen], dim=1), 0.1 + 1.9 * u[:, 4])  # of valid pixels alone
+    smooth = both[:, :-1] / both[:, -1:].clamp(min=1e-6)
+    x = torch.where((u[:, 3] < 0.5)[:, None, None, None], smooth, x)
     amount = torch.where(u[:, 5] < 0.5, 0.1 * u[:, 6], 0.0)
     x = x + amount[:, None, None, None] * _noise(x, keys[:, 1])
     valid = valid & ~_box(u[:, 7:11], x.shape[-1])

@@ -111,16 +111,34 @@ class TileDataset(TorchDataset[RawBatch]):
         """Fill one slot; the row that it holds then."""
         first: InputError | None = None
         for candidate in self._candidates(row):
-            if self.dataset.store is not None:
-                self._file(candidate)
-            try:
-                self._decode(candidate, image, valid, label)
+            problem = self._damage(candidate, image, valid, label)
+            if problem is not None and self.dataset.store is not None:
+                self._renew(candidate)
+                problem = self._damage(candidate, image, valid, label)
+            if problem is None:
                 return candidate
-            except InputError as error:
-                if self.selection is None:
-                    raise
-                first = first or error
+            if self.selection is None:
+                raise problem
+            first = first or problem
         raise InputError(f"{first}; and no other tile of the selection reads well")
+
+    def _damage(
+        self, row: int, image: NDArray[Any], valid: NDArray[np.bool_], label: NDArray[np.uint8] | None
+    ) -> InputError | None:
+        """Decode into the slot; what is wrong with the tile. A server that is away raises, it is no damage."""
+        if self.dataset.store is not None:
+            self._file(row)
+        try:
+            self._decode(row, image, valid, label)
+        except InputError as error:
+            return error
+        return None
+
+    def _renew(self, row: int) -> None:
+        """See to it that the node's copy of a remote shard is the server's: other nodes read what that has."""
+        shard = int(self.index.shard[row])
+        self._files.pop(shard).close()
+        self.dataset.discard_damaged_shard(shard)
 
     def _candidates(self, row: int) -> Iterator[int]:
         yield row
@@ -159,7 +177,7 @@ class TileDataset(TorchDataset[RawBatch]):
 
     def _remedy(self) -> str:
         if self.dataset.store is not None:
-            return f"remove {self.dataset.root}, so that it is fetched again"
+            return "the shard is as its manifest says, so the dataset was damaged before: pack it again"
         return f"run `dctc verify {self.dataset.root}` and pack the dataset again"
 
     def _pread(self, row: int, offset: int, size: int) -> bytes:

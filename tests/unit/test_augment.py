@@ -127,6 +127,15 @@ def test_photometry_is_finite_moderate_and_keeps_what_is_not_valid_at_zero() -> 
     assert not torch.equal(strong[1], images[1])
 
 
+def test_blur_takes_nothing_from_pixels_without_data() -> None:
+    """What is the same in all valid pixels is still so in what is valid afterwards, but for the noise."""
+    valid = torch.rand(64, 32, 32, generator=torch.Generator().manual_seed(0)) > 0.3
+    images = torch.where(valid[:, None], 5.0, 0.0)
+    strong, seen = View("strong", 0, 0).colour(images, valid, torch.arange(64))
+    spread = [float(sample[0][mask].std()) for sample, mask in zip(strong, seen, strict=True)]
+    assert max(spread) < 0.15, "the noise has a deviation of 0.1 at most"
+
+
 # ---- CutMix
 
 

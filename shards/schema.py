@@ -91,8 +91,12 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
         parts.append(first["ctx"]["discriminator"].strip("'"))
         message = f"{first['ctx']['tag']!r} is not known; it can be {first['ctx']['expected_tags']}"
     elif first["type"] != "value_error":
-        message = f"{message[0].lower()}{message[1:]}, not {first['input']!r}"
+        message = f"{message[0].lower()}{message[1:]}, not {_short(repr(first['input']))}"
     return f"key {'.'.join(parts)}: {message}" if parts else message
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _nearest(name: str, known: list[str]) -> str:

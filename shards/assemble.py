@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import IO
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
+from zlib_ng import zlib_ng
 
 from shards.bandstats import Statistics
 from shards.codec import MASK_MEMBER, member_name, read_image
@@ -145,6 +145,6 @@ def _copy(task: AssembleTask, writer: TarWriter, statistics: Statistics | None) 
 
 def _checked(task: AssembleTask, file: IO[bytes], key: str, blob: Blob) -> bytes:
     data = read_blob(file, blob)
-    if zlib.crc32(data) != blob.crc32:
+    if zlib_ng.crc32(data) != blob.crc32:
         raise InputError(f"{task.staging}: staged tile {key} is damaged; run `dctc shard` with --fresh to begin again")
     return data

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy.typing as npt
 import rasterio
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rasterio.transform import Affine
+from zlib_ng import zlib_ng
 
 from shards.bandstats import histogram
 from shards.codec import LOSSY, encode_image, encode_label, encode_mask, encoder_versions, holds_mask
@@ -170,7 +170,7 @@ def _is_unchanged(root: Path, source: Source, verify: bool) -> bool:
 def _tiles_are_sound(path: Path, staged: StagedScene) -> bool:
     with path.open("rb") as file:
         blobs = (blob for tile in staged.tiles for blob in (*dict(tile.members).values(), tile.histogram) if blob)
-        return all(zlib.crc32(read_blob(file, blob)) == blob.crc32 for blob in blobs)
+        return all(zlib_ng.crc32(read_blob(file, blob)) == blob.crc32 for blob in blobs)
 
 
 def read_blob(file: IO[bytes], blob: Blob) -> bytes:
@@ -217,7 +217,7 @@ def _staged_tiles(task: StageTask, reader: SceneReader, target: IO[bytes]) -> It
     def put(data: bytes) -> Blob:
         offset = target.tell()
         target.write(data)
-        return Blob(offset=offset, size=len(data), crc32=zlib.crc32(data))
+        return Blob(offset=offset, size=len(data), crc32=zlib_ng.crc32(data))
 
     classes, codec = len(task.recipe.classes), task.recipe.codec
     for tile in reader.tiles():

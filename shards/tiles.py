@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import zlib
 from dataclasses import dataclass
 from io import FileIO
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from zlib_ng import zlib_ng
 
 from shards.codec import decode_image, decode_label
 from shards.errors import InputError
@@ -48,7 +48,7 @@ def _member(dataset: Dataset, index: Index, row: int, what: str, file: FileIO) -
     offset = int(getattr(index, f"{what}_offset")[row])
     file.seek(offset)
     data = file.read(int(getattr(index, f"{what}_size")[row]))
-    if zlib.crc32(data) != int(getattr(index, f"{what}_crc32")[row]):
+    if zlib_ng.crc32(data) != int(getattr(index, f"{what}_crc32")[row]):
         raise InputError(
             f"{dataset.shard_name(int(index.shard[row]))}: {what} of tile {tile_name(dataset, index, row)} "
             f"at byte {offset} is damaged "

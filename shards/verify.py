@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from zlib_ng import zlib_ng
 
 from shards.errors import InputError
 from shards.files import file_sha256
@@ -120,7 +120,7 @@ def _damaged_tiles(dataset: Dataset, index: Index, shard: int) -> str:
             for what in ("image", "mask", "label"):
                 size = int(getattr(index, f"{what}_size")[row])
                 file.seek(int(getattr(index, f"{what}_offset")[row]))
-                if size and zlib.crc32(file.read(size)) != int(getattr(index, f"{what}_crc32")[row]):
+                if size and zlib_ng.crc32(file.read(size)) != int(getattr(index, f"{what}_crc32")[row]):
                     bad.append(f"{_name(dataset, index, row)} ({what})")
     if not bad:
         return "; no image, mask or label is touched"

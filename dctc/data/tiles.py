@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from io import FileIO
@@ -14,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import get_worker_info
+from zlib_ng import zlib_ng
 
 from shards.codec import read_image, read_label
 from shards.errors import InputError
@@ -76,13 +77,15 @@ class TileDataset(TorchDataset[RawBatch]):
         """Read and decode a batch; raises :class:`InputError` naming shard, offset and key of a damaged tile."""
         manifest = self.dataset.manifest
         size = manifest.tile_size
-        images = np.zeros((len(items), len(manifest.bands), size, size), manifest.dtype)
-        valid = np.zeros((len(items), size, size), bool)
-        labels = np.full((len(items), size, size) if self.labels else (0,), IGNORE, np.uint8)
+        batch = _room(len(items), len(manifest.bands), size, np.dtype(manifest.dtype), self.labels)
+        images, valid, labels = (tensor.numpy() for tensor in batch)
         positions, rows = np.array(items, np.int64).reshape(-1, 2).T.copy()
         damaged = np.full(len(items), -1, np.int64)
         for slot, row in enumerate(rows.tolist()):
             if row < 0:
+                images[slot], valid[slot] = 0, False
+                if self.labels:
+                    labels[slot] = IGNORE
                 continue
             rows[slot] = self._read(row, images[slot], valid[slot], labels[slot] if self.labels else None)
             if rows[slot] != row:
@@ -90,9 +93,9 @@ class TileDataset(TorchDataset[RawBatch]):
         if self.dataset.store is not None:
             self._close(keep=0)
         return RawBatch(
-            images=torch.from_numpy(images),
-            valid=torch.from_numpy(valid),
-            labels=torch.from_numpy(labels),
+            images=batch[0],
+            valid=batch[1],
+            labels=batch[2],
             positions=torch.from_numpy(positions),
             rows=torch.from_numpy(rows),
             damaged=torch.from_numpy(damaged),
@@ -168,7 +171,7 @@ class TileDataset(TorchDataset[RawBatch]):
         offset = int(getattr(self.index, f"{member}_offset")[row])
         size = int(getattr(self.index, f"{member}_size")[row])
         data = self._pread(row, offset, size)
-        if len(data) != size or zlib.crc32(data) != int(getattr(self.index, f"{member}_crc32")[row]):
+        if len(data) != size or zlib_ng.crc32(data) != int(getattr(self.index, f"{member}_crc32")[row]):
             raise InputError(
                 f"{self.shard(row)}: the {member} of tile {self.key(row)} at offset {offset} is damaged "
                 f"(crc32 differs); {self._remedy()}"
@@ -194,3 +197,26 @@ class TileDataset(TorchDataset[RawBatch]):
     def _close(self, keep: int) -> None:
         while len(self._files) > keep:
             self._files.popitem(last=False)[1].close()
+
+
+def _room(count: int, bands: int, size: int, dtype: np.dtype[Any], labelled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, validity and labels of a batch, not yet filled, in one block of memory.
+
+    A large block lies on huge pages (numpy asks for them), which saves most page faults; that of a loader's worker lies
+    in shared memory, so that the batch is handed over without a copy.
+    """
+    pixels = count * size * size
+    ends = np.cumsum([pixels * bands * dtype.itemsize, pixels, pixels * labelled]).tolist()
+    if get_worker_info() is None:
+        block = torch.from_numpy(np.empty(ends[-1], np.uint8))
+    else:
+        # As torch's own collate function does it.
+        storage = torch.UntypedStorage._new_shared(ends[-1])  # type: ignore[no-untyped-call]
+        block = torch.empty(0, dtype=torch.uint8).set_(storage)
+    images = block[: ends[0]].view(torch.from_numpy(np.empty(0, dtype)).dtype)
+    shape = (count, size, size)
+    return (
+        images.view(count, bands, size, size),
+        block[ends[0] : ends[1]].view(torch.bool).view(shape),
+        block[ends[1] :].view(shape if labelled else (0,)),
+    )

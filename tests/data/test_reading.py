@@ -83,7 +83,7 @@ def test_rows_are_sorted_by_key(packed: Packed) -> None:
 
 def test_the_index_is_memory_mapped_and_compact(packed: Packed) -> None:
     index = Index.open(packed)
-    assert isinstance(index.image_offset, np.memmap)
+    assert isinstance(index.image_offset.base, np.memmap)
     assert sum(np.dtype(dtype).itemsize for dtype in COLUMNS.values()) <= 96
 
 

@@ -280,9 +280,9 @@ def show_pace(paces: dict[tuple[str, int], list[tuple[float, float]]], missing: 
                 continue
             verdict, holds = ("", True) if name == "dctc" else judge(medians["dctc", workers][0] / speed, 1)
             good &= holds
-            emit(f"{f'{name}, {workers} workers':36}{speed:9.1f} {verdict:30}{first:6.1f} s")
+            emit(f"{f'{name}, workers: {workers}':36}{speed:9.1f} {verdict:30}{first:6.1f} s")
         for name in missing:
-            emit(f"{f'{name}, {workers} workers':36} not installed here")
+            emit(f"{f'{name}, workers: {workers}':36} not installed here")
     return good
 
 

@@ -5,6 +5,13 @@
 Writes the tiles of DATASET into FOLDER in the peer's format unless FOLDER is there, reads them, shuffled, and prints as
 JSON: without workers the CPU milliseconds a tile, else tiles a second and the seconds until the first batch. Each
 measurement is a process of its own, since MosaicML's dataset hangs when it was read without workers before.
+
+Two environments, since MosaicML's pins clash with ours; for each: torch for the CPU, the peer, and
+
+    pip install rasterio pydantic PyYAML pillow rich psutil webdataset
+
+MosaicML Streaming 0.13 also needs `filelock==3.18.0` (later ones refuse locks that were forked) and, beside a torch for
+the CPU, `pip install --no-deps torchvision==0.15.2` (later ones do not import without the operators of CUDA).
 """
 
 from __future__ import annotations

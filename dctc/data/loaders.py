@@ -5,11 +5,15 @@ The loaders are never handed to ``accelerator.prepare``: it would shard again wh
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import islice
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Literal
 
 import numpy as np
@@ -41,9 +45,40 @@ def _loader(tiles: TileDataset, batches: object, workers: int, prefetch: int, pi
         prefetch_factor=prefetch if workers else None,
         collate_fn=_whole,  # type: ignore[arg-type]  # __getitems__ has already made the batch
         pin_memory=pin,
-        multiprocessing_context="forkserver" if workers else None,  # fork would copy the tracker's threads and locks
+        multiprocessing_context=_fork_server() if workers else None,
         worker_init_fn=_prepare_worker if workers else None,
     )
+
+
+@contextmanager
+def _reading(loader: Loader) -> Iterator[Iterator[RawBatch]]:
+    """The loader's batches. Its workers end with the block; where torch leaves them to the garbage collector, which may
+    have ended their queues before, that waits for some seconds and gives up."""
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()  # type: ignore[attr-defined]
+
+
+@cache
+def _fork_server() -> ForkServerContext:
+    """Where workers come from: a fork of the trainer would copy the tracker's threads and locks.
+
+    The server imports once what each worker needs, for some seconds, so that workers start in no time. Whoever ends
+    with batches still open ends with their workers: multiprocessing would wait for them, and they heed no SIGTERM.
+    """
+    atexit.register(_end_workers)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    return context
+
+
+def _end_workers() -> None:
+    for process in multiprocessing.active_children():
+        if process.daemon and isinstance(process, ForkServerProcess):
+            process.kill()
 
 
 def _prepare_worker(_: int) -> None:
@@ -143,16 +178,15 @@ class TrainingStream:
         tiles = TileDataset(self.dataset, self.labels, self.rows if self.substitute else None)
         sampler = self._sampler(rounds)
         prepare = partial(self._to_device, normaliser=Normaliser.of(self.dataset.manifest, device), device=device)
-        with LookAhead(self.dataset, self._shards, sampler) as ahead:
-            loader = self._watched(
-                _loader(tiles, sampler, self.workers, self.prefetch, device.type == "cuda"), tiles, ahead
-            )
-            raws = (list(islice(loader, self.layout.accumulation)) for _ in rounds)
+        loader = _loader(tiles, sampler, self.workers, self.prefetch, device.type == "cuda")
+        with LookAhead(self.dataset, self._shards, sampler) as ahead, _reading(loader) as read:
+            watched = self._watched(read, tiles, ahead)
+            raws = (list(islice(watched, self.layout.accumulation)) for _ in rounds)
             yield from CopyAhead(prepare, device)(raws)
 
-    def _watched(self, loader: Loader, tiles: TileDataset, ahead: LookAhead) -> Iterator[RawBatch]:
-        """The loader's batches; the look-ahead and the user learn of what came."""
-        for raw in loader:
+    def _watched(self, batches: Iterator[RawBatch], tiles: TileDataset, ahead: LookAhead) -> Iterator[RawBatch]:
+        """The batches; the look-ahead and the user learn of what came."""
+        for raw in batches:
             ahead.delivered()
             for row, stand_in in zip(raw["damaged"].tolist(), raw["rows"].tolist(), strict=True):
                 if row >= 0 and row not in self.damaged:
@@ -208,8 +242,9 @@ def evaluation_batches(
     if dataset.store is not None:
         rows = rows[np.argsort(tiles.index.shard[rows], kind="stable")]
     batches = [[(0, int(row)) for row in group] for group in evaluation_rows(rows, batch, layout)]
-    with LookAhead(dataset, tiles.index.shard, batches) as ahead:
-        for raw in _loader(tiles, batches, workers, PREFETCH, device.type == "cuda"):
+    loader = _loader(tiles, batches, workers, PREFETCH, device.type == "cuda")
+    with LookAhead(dataset, tiles.index.shard, batches) as ahead, _reading(loader) as read:
+        for raw in read:
             ahead.delivered()
             images, valid, labels = (raw[key].to(device, non_blocking=True) for key in ("images", "valid", "labels"))
             yield (normaliser(images, valid), valid, torch.where(valid, labels.long(), IGNORE)), raw

@@ -8,7 +8,7 @@ measurement is a process of its own, since MosaicML's dataset hangs when it was 
 
 Two environments, since MosaicML's pins clash with ours; for each: torch for the CPU, the peer, and
 
-    pip install rasterio pydantic PyYAML pillow rich psutil webdataset
+    pip install rasterio pydantic PyYAML pillow rich psutil webdataset zlib-ng
 
 MosaicML Streaming 0.13 also needs `filelock==3.18.0` (later ones refuse locks that were forked) and, beside a torch for
 the CPU, `pip install --no-deps torchvision==0.15.2` (later ones do not import without the operators of CUDA).

@@ -14,4 +14,11 @@ class InputError(Exception):
     @property
     def message(self) -> str:
         """The message alone: out of a loader's worker it comes wrapped in that worker's traceback."""
-        return str(self).rsplit("InputError: ", 1)[-1].strip()
+        return str(self).rsplit(f"{type(self).__name__}: ", 1)[-1].strip()
+
+
+class AccessError(InputError):
+    """What is there cannot be reached now: too many open files, no permission, a device that fails.
+
+    No damage: another try, another process or another node may read it, so nothing may take its place.
+    """

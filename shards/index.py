@@ -125,12 +125,18 @@ def _open_column(dataset: Dataset, name: str, hashed: bool) -> Column:
         sound = column.dtype == np.dtype(COLUMNS[name])
         sound &= not hashed or file_sha256(path) == dataset.manifest.index.get(name)
     except FileNotFoundError:
-        raise InputError(f"{path}: is missing; pack the dataset again") from None
+        raise InputError(f"{path}: is missing; {_remedy(dataset)}") from None
     except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); pack the dataset again") from None
+        raise InputError(f"{path}: cannot be read ({error}); {_remedy(dataset)}") from None
     if not sound:
-        raise InputError(f"{path}: is not the column that the manifest names (damaged?); pack the dataset again")
+        raise InputError(f"{path}: is not the column that the manifest names (damaged?); {_remedy(dataset)}")
     return column.view(np.ndarray)  # mapped all the same; one element of a np.memmap takes microseconds
+
+
+def _remedy(dataset: Dataset) -> str:
+    if dataset.store is not None:
+        return "run again, and it is fetched again"
+    return f"`dctc verify {dataset.root} --rebuild-index` writes it again from the shards"
 
 
 def write_index(out: Path, columns: Mapping[str, Column]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from shards.errors import InputError
+from shards.errors import AccessError, InputError
 from shards.remote import CacheSettings, Store, fetch_index, is_url, open_store
 
 SCHEMA_VERSION = 2
@@ -178,6 +178,8 @@ class Dataset:
         path = folder / MANIFEST
         try:
             raw = path.read_bytes()
+        except IsADirectoryError:
+            raise InputError(f"{path}: is a folder, so this is no dataset") from None
         except FileNotFoundError:
             raise InputError(
                 f"{folder}: no {MANIFEST}, so this is no complete dataset; run `dctc shard` again to finish it"
@@ -204,9 +206,10 @@ class Dataset:
             return self.store.open_file(shard.name, shard.sha256, shard.bytes)
         try:
             return FileIO(self.root / shard.name)
+        except FileNotFoundError:
+            raise InputError(f"{self.root / shard.name}: is missing; pack the dataset again with --fresh") from None
         except OSError as error:
-            why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be opened ({error.strerror})"
-            raise InputError(f"{self.root / shard.name}: {why}; pack the dataset again") from None
+            raise AccessError(f"{self.root / shard.name}: cannot be opened ({error.strerror})") from None
 
     def discard_damaged_shard(self, number: int) -> None:
         """Remove a node's copy of shard ``number`` of a remote dataset if it is damaged; it is then fetched again."""

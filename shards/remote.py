@@ -177,7 +177,10 @@ class Store:
                 raise InputError(f"{url}: no such file; is the whole dataset there?") from None
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-                    raise InputError(f"{part}: cannot be written ({error.strerror}); set data.cache") from None
+                    raise InputError(
+                        f"{part}: cannot be written ({error.strerror}); set data.cache, or data.cache_bytes below "
+                        "what its disk holds"
+                    ) from None
                 attempts.problem = _first_line(error)
             finally:
                 part.unlink(missing_ok=True)

@@ -214,7 +214,7 @@ class TrainingStream:
 def _key(tiles: TileDataset, row: int) -> str:
     """The tile's key, or its row where even the header cannot be read."""
     try:
-        return tiles.key(row) or f"of row {row}"
+        return tiles.key(row)
     except InputError:
         return f"of row {row}"
 
@@ -231,14 +231,21 @@ def evaluation_rows(rows: Indices, batch: int, layout: Layout) -> list[Indices]:
 
 
 def evaluation_batches(
-    dataset: Dataset, rows: Indices, batch: int, layout: Layout, normaliser: Normaliser, workers: int = 0
+    dataset: Dataset,
+    rows: Indices,
+    batch: int,
+    layout: Layout,
+    normaliser: Normaliser,
+    workers: int = 0,
+    substitute: bool = False,
 ) -> Iterator[tuple[DeviceBatch, RawBatch]]:
     """Batches with labels for evaluation, and the raw batch beside each (for pictures and keys).
 
-    The rows of a remote dataset are read shard by shard, so that each shard is needed in one stretch.
+    The rows of a remote dataset are read shard by shard, so that each shard is needed in one stretch. With
+    ``substitute`` another one of ``rows`` is read in place of a damaged tile: for looking on, never for scores.
     """
     device = normaliser.mean.device
-    tiles = TileDataset(dataset, labels=True)
+    tiles = TileDataset(dataset, labels=True, selection=rows if substitute else None)
     if dataset.store is not None:
         rows = rows[np.argsort(tiles.index.shard[rows], kind="stable")]
     batches = [[(0, int(row)) for row in group] for group in evaluation_rows(rows, batch, layout)]

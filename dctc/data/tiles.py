@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 from zlib_ng import zlib_ng
 
 from shards.codec import read_image, read_label
-from shards.errors import InputError
+from shards.errors import AccessError, InputError
 from shards.index import Index
 from shards.manifest import IGNORE, Dataset
 
@@ -102,9 +102,9 @@ class TileDataset(TorchDataset[RawBatch]):
         )
 
     def key(self, row: int) -> str:
-        """The tile's key, from the header of its image member."""
+        """The tile's key, from the header of its image member; its row where the shard ends before that."""
         header = self._pread(row, int(self.index.image_offset[row]) - TAR_BLOCK, TAR_BLOCK)
-        return header[:100].rstrip(b"\0").decode("ascii", "replace").split(".")[0]
+        return header[:100].rstrip(b"\0").decode("ascii", "replace").split(".")[0] or f"of row {row}"
 
     def shard(self, row: int) -> str:
         """The tile's shard, as errors name it."""
@@ -128,11 +128,13 @@ class TileDataset(TorchDataset[RawBatch]):
     def _damage(
         self, row: int, image: NDArray[Any], valid: NDArray[np.bool_], label: NDArray[np.uint8] | None
     ) -> InputError | None:
-        """Decode into the slot; what is wrong with the tile. A server that is away raises, it is no damage."""
+        """Decode into the slot; what is wrong with the tile. A file or server that cannot be reached is no damage."""
         if self.dataset.store is not None:
             self._file(row)
         try:
             self._decode(row, image, valid, label)
+        except AccessError:
+            raise
         except InputError as error:
             return error
         return None
@@ -161,6 +163,8 @@ class TileDataset(TorchDataset[RawBatch]):
                 read_label(codec["label"], self._member(row, "label"), label)
             else:
                 label[...] = IGNORE
+        except AccessError:
+            raise
         except InputError as error:
             if self.dataset.location in str(error):
                 raise
@@ -181,10 +185,16 @@ class TileDataset(TorchDataset[RawBatch]):
     def _remedy(self) -> str:
         if self.dataset.store is not None:
             return "the shard is as its manifest says, so the dataset was damaged before: pack it again"
-        return f"run `dctc verify {self.dataset.root}` and pack the dataset again"
+        return f"run `dctc verify {self.dataset.root}`, and pack the dataset again with --fresh"
 
     def _pread(self, row: int, offset: int, size: int) -> bytes:
-        return os.pread(self._file(row).fileno(), size, offset)
+        file = self._file(row)
+        try:
+            return os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise AccessError(
+                f"{self.shard(row)}: {size} bytes at offset {offset}, of row {row}, cannot be read ({error.strerror})"
+            ) from None
 
     def _file(self, row: int) -> FileIO:
         shard = int(self.index.shard[row])

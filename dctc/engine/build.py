@@ -154,6 +154,7 @@ def prepare(
         describe=partial(describe, config, dataset),
         warn=partial(_warn, parallel.is_main),
         warn_from=schedule.rounds // 5,
+        substitute=config.data.on_damage == "substitute",
     )
     return partial(
         Trainer,

@@ -43,6 +43,7 @@ class Watch:
         describe: what a model file of now says of itself.
         warn: shows one line to the user.
         warn_from: round from which a class may be called dying; an untrained net predicts few classes.
+        substitute: another tile stands in for a damaged one where nothing is scored; scores always stop at damage.
     """
 
     method: Method
@@ -57,6 +58,7 @@ class Watch:
     describe: Callable[[Progress], Description]
     warn: Callable[[str], None]
     warn_from: int
+    substitute: bool = False
     _label_shares: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
     _dying: set[tuple[str, str]] = field(default_factory=set)
 
@@ -124,7 +126,9 @@ class Watch:
         if not self.parallel.is_main or not len(self.rows["pictures"]):
             return {}
         alone = Layout()
-        batches = evaluation_batches(self.dataset, self.rows["pictures"], self.batch, alone, self._normaliser())
+        batches = evaluation_batches(
+            self.dataset, self.rows["pictures"], self.batch, alone, self._normaliser(), substitute=self.substitute
+        )
         with inference(*self.method.parts.values()):
             file = draw_panels(
                 self._logits,
@@ -135,19 +139,23 @@ class Watch:
             )
         return {"pictures": file}
 
-    def _evaluate(self, rows: Indices, autocast: AbstractContextManager[object]) -> Evaluation:
+    def _evaluate(
+        self, rows: Indices, autocast: AbstractContextManager[object], substitute: bool = False
+    ) -> Evaluation:
         with inference(*self.method.parts.values()), autocast:
             return evaluate_tiles(
                 self._logits,
-                self._batches(rows),
+                self._batches(rows, substitute),
                 self.dataset.manifest.class_names,
                 self.parallel.device,
                 self.parallel.sum,
                 self.method.temperature,
             )
 
-    def _batches(self, rows: Indices) -> Iterator[tuple[DeviceBatch, RawBatch]]:
-        return evaluation_batches(self.dataset, rows, self.batch, self.layout, self._normaliser(), self.workers)
+    def _batches(self, rows: Indices, substitute: bool) -> Iterator[tuple[DeviceBatch, RawBatch]]:
+        return evaluation_batches(
+            self.dataset, rows, self.batch, self.layout, self._normaliser(), self.workers, substitute
+        )
 
     def _normaliser(self) -> Normaliser:
         return Normaliser.of(self.dataset.manifest, self.parallel.device)
@@ -157,7 +165,7 @@ class Watch:
 
     def _probe(self, progress: Progress) -> dict[str, float]:
         """Entropy, agreement, predicted class shares on unlabelled tiles; their quality where labels are held."""
-        evaluation = self._evaluate(self.rows["probe"], self.precision.autocast())
+        evaluation = self._evaluate(self.rows["probe"], self.precision.autocast(), self.substitute)
         metrics: dict[str, float] = {}
         for name, net in evaluation.nets.items():
             metrics[f"train/entropy/{name}"] = net.entropy
@@ -190,9 +198,9 @@ class Watch:
     def _labelled_shares(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         """Class shares of (a sample of) the labels in use, not of those that are held back."""
         if self._label_shares is None:
-            tiles = TileDataset(self.dataset, labels=True)
-            counts = np.zeros(IGNORE + 1, np.int64)
             rows = self.rows["labelled"]
+            tiles = TileDataset(self.dataset, labels=True, selection=rows if self.substitute else None)
+            counts = np.zeros(IGNORE + 1, np.int64)
             for row in rows[:: max(1, len(rows) // 256)]:
                 counts += np.bincount(tiles[0, int(row)]["labels"].numpy().ravel(), minlength=IGNORE + 1)
             counted = counts[: len(self.dataset.manifest.classes)]

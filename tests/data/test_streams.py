@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dctc.data.loaders import DeviceBatch, TrainingStream
 from dctc.data.order import LABELLED, UNLABELLED, BlockOrder, GlobalOrder, Layout, stream_slice
-from shards.errors import InputError
+from shards.errors import AccessError, InputError
 from shards.index import Index
 from shards.manifest import Dataset
 from shards.pack import Packed, pack
@@ -187,6 +187,19 @@ def test_damage_is_named_with_shard_offset_and_key(packed: Packed, tmp_path: Pat
         offsets = {int(index.image_offset[row]) for row in lost}
         assert any(f"at offset {offset}" in message for offset in offsets)
         assert "tile" in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_cannot_be_reached_is_no_damage(packed: Packed, tmp_path: Path, workers: int) -> None:
+    """Or processes with other limits would read other tiles."""
+    root = Path(shutil.copytree(packed.root, tmp_path / "copy"))
+    index = Index.open(packed)
+    path = root / packed.manifest.shards[int(index.shard[index.rows("train")[0]])].name
+    path.unlink()
+    path.symlink_to(path.name)  # a loop: any user meets ELOOP
+    with pytest.raises(AccessError) as error:
+        rounds_of(Dataset.open(root), UNLABELLED, (1, 1, workers), range(9), substitute=True)
+    assert error.value.message == f"{path}: cannot be opened (Too many levels of symbolic links)"
 
 
 ABANDONED = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import psutil
@@ -36,6 +37,30 @@ def test_loader_workers_end_with_a_trainer_that_is_killed(tmp_path: Path, tiny_d
     process.wait()
     assert len(family) > 4, "two workers for each of the streams, and the server that forks them"
     assert not psutil.wait_procs(family, timeout=20)[1]
+
+
+def test_a_run_with_stand_ins_trains_validates_and_draws(
+    tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(tiny_dataset, tmp_path / "copy"))
+    index = Index.open(Dataset.open(root))
+    lost = index.rows("train")[::3]
+    for row in lost.tolist():
+        shard = root / Dataset.open(root).manifest.shards[int(index.shard[row])].name
+        data = bytearray(shard.read_bytes())
+        data[int(index.image_offset[row]) + 99] ^= 1
+        shard.write_bytes(data)
+    config = write_config(
+        tmp_path / "damaged.yaml", root, data={"on_damage": "substitute"}, evaluation={"every": 3, "test": True},
+        run={"pictures_every": 3},
+    )  # fmt: skip
+    assert command([str(config)]) == 0
+    told = capsys.readouterr().out
+    assert "stands in for it from now on" in told
+    assert (tmp_path / "runs" / "synthetic-scene" / "damaged" / "report.json").exists()
+    strict = write_config(tmp_path / "strict.yaml", root)
+    assert command([str(strict)]) == 2
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_evaluating_again_and_again_opens_no_more_files(tiny_dataset: Path) -> None:

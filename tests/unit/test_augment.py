@@ -136,6 +136,26 @@ def test_blur_takes_nothing_from_pixels_without_data() -> None:
     assert max(spread) < 0.15, "the noise has a deviation of 0.1 at most"
 
 
+@pytest.mark.parametrize("size", [37, 64, 127])
+def test_strong_is_the_same_for_any_threads_and_batch(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    valid = torch.rand(6, size, size, generator=generator) > 0.1
+    images = torch.where(valid[:, None], torch.randn(6, 3, size, size, generator=generator), 0.0)
+    positions, view = torch.arange(6), View("strong", 0, 0)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = view.colour(images, valid, positions)[0]
+        for threads in (2, 5, 6, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(one, view.colour(images, valid, positions)[0])
+            for sample in range(6):
+                part = slice(sample, sample + 1)
+                assert torch.equal(one[part], view.colour(images[part], valid[part], positions[part])[0])
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---- CutMix
 
 

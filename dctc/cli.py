@@ -6,23 +6,19 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dctc.terminal import out, progress_bar, show_dataset, show_evaluation
 from shards.errors import InputError
 
 if TYPE_CHECKING:
     import torch
-
-    from shards.manifest import Dataset
 
 app = typer.Typer(
     name="dctc",
@@ -32,8 +28,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-out = Console(soft_wrap=True, highlight=False)
-
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="settings that win over the file")
 ]
@@ -61,7 +55,7 @@ def synth(
     """
     from shards.synth import write_scenes
 
-    with _bar("scenes") as advance:
+    with progress_bar("scenes") as advance:
         files = write_scenes(folder, scenes=scenes, size=size, seed=seed, progress=advance)
     out.print(f"{len(files)} files in {folder}", markup=False)
 
@@ -106,7 +100,7 @@ def shard(
     if as_json:
         print(json.dumps(summarize(dataset) | {"report": asdict(dataset.report)}, indent=1))
         return
-    _show_dataset(dataset)
+    show_dataset(dataset)
     for line in dataset.report.lines():
         out.print(line, markup=False)
     out.print(f"contact sheet {picture or folder / PREVIEW}", markup=False)
@@ -131,7 +125,7 @@ def inspect(
     if as_json:
         print(json.dumps(summarize(dataset), indent=1))
         return
-    _show_dataset(dataset)
+    show_dataset(dataset)
     if picture is not None:
         out.print(f"contact sheet {picture}", markup=False)
 
@@ -218,7 +212,7 @@ def evaluate(
     if as_json:
         print(json.dumps(evaluation.as_record(), indent=1))
         return
-    _show_evaluation(evaluation.as_record(), bundle.headline)
+    show_evaluation(evaluation.as_record(), bundle.headline)
     out.print(f"tables and confusion matrices in {destination}", markup=False)
 
 
@@ -254,7 +248,7 @@ def predict(
         raise InputError("two scenes have the same file name, and so would their maps: predict them into two folders")
     records: list[dict[str, Any]] = []
     for scene in scenes:
-        with _bar(scene.name) as advance:
+        with progress_bar(scene.name) as advance:
             maps = predict_scene(
                 bundle, scene, folder, net=net, overlap=overlap, batch=batch, device=chosen, tta=tta,
                 bands=numbers, nodata=nodata, probabilities=probabilities, entropy=entropy, progress=advance,
@@ -313,21 +307,6 @@ def doctor(as_json: AsJson = False) -> None:
         out.print(f"to fix: {advice}", markup=False)
 
 
-@contextmanager
-def _bar(text: str) -> Iterator[Callable[..., None]]:
-    """A progress bar on a terminal and nothing elsewhere; gives ``advance([step,] done, total)``."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(text, total=None)
-
-        def advance(*state: Any) -> None:
-            *step, done, total = state
-            progress.update(task, description=" ".join([text, *map(str, step)]), completed=done, total=total)
-
-        yield advance
-
-
 def _process_count(launch: Path) -> list[str]:
     """``--num_processes`` for a launch file that leaves the number to the machine: one process a GPU."""
     import torch
@@ -353,14 +332,6 @@ def _band_numbers(text: str | None) -> list[int] | None:
         raise InputError(f"--bands {text!r} is not a list of band numbers: write them from 1 on, as 3,2,1") from None
 
 
-def _show_dataset(dataset: Dataset) -> None:
-    from shards.summary import tables
-
-    for table in tables(dataset):
-        out.print(table)
-    out.print(f"dataset {dataset.location}, digest {dataset.digest[:12]}", markup=False)
-
-
 def _device(name: str) -> torch.device:
     import torch
 
@@ -375,25 +346,6 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
     return device
-
-
-def _show_evaluation(record: dict[str, Any], headline: str) -> None:
-    nets = {name: net["scores"] for name, net in record["nets"].items()}
-    means = Table("net", "mIoU", "PA", "MPA", "F1", "kappa", "entropy", title=f"{record['tiles']} tiles, in %")
-    for name, scores in nets.items():
-        cells = [f"{100 * scores[key]:.1f}" for key in ("miou", "pa", "mpa", "f1", "kappa")]
-        means.add_row(
-            name, *cells, f"{record['nets'][name]['entropy']:.3f} nats", style="bold" if name == headline else ""
-        )
-    classes = Table("class", *nets, title="IoU in %")
-    for label in nets[headline]["classes"]:
-        values = [scores["classes"][label]["iou"] for scores in nets.values()]
-        classes.add_row(label, *("-" if value is None else f"{100 * value:.1f}" for value in values))
-    out.print(means)
-    out.print(classes)
-    agreement = "" if record["agreement"] is None else f"S1 and S2 agree on {record['agreement']:.1%} of the pixels; "
-    speed = f"{record['seconds']:.1f} s, {record['tiles_per_s']:.1f} tiles/s"
-    out.print(f"{agreement}{speed}, peak memory {record['peak_memory_gib']:.2f} GiB", markup=False)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"bundle", "config", "data", "evaluation", "methods", "networks"},
     "config": set(),
     "machine": set(),
+    "terminal": set(),
     "tracking": {"config"},
     "train": {"bundle", "config", "data", "engine", "evaluation", "methods", "networks", "tracking"},
 }
@@ -32,6 +33,7 @@ SHARDS_FOR_DCTC = {"codec", "errors", "index", "lifetime", "manifest", "remote"}
 SHARDS_FOR_ROOM = {
     "config": {"errors", "manifest", "remote"},
     "tracking": {"errors", "manifest"},
+    "terminal": {"manifest", "summary"},
     "networks": set(),
     "methods": set(),
 }

@@ -1,0 +1,60 @@
+"""What the commands show to people: tables, lines, a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from shards.manifest import Dataset
+
+out = Console(soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Callable[..., None]]:
+    """A progress bar on a terminal and nothing elsewhere; gives ``advance([step,] done, total)``."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(text, total=None)
+
+        def advance(*state: Any) -> None:
+            *step, done, total = state
+            progress.update(task, description=" ".join([text, *map(str, step)]), completed=done, total=total)
+
+        yield advance
+
+
+def show_dataset(dataset: Dataset) -> None:
+    """The tables of `dctc inspect`."""
+    from shards.summary import tables
+
+    for table in tables(dataset):
+        out.print(table)
+    out.print(f"dataset {dataset.location}, digest {dataset.digest[:12]}", markup=False)
+
+
+def show_evaluation(record: dict[str, Any], headline: str) -> None:
+    """Scores of every net, and IoU by class; ``record`` is that of ``Evaluation.as_record``."""
+    nets = {name: net["scores"] for name, net in record["nets"].items()}
+    means = Table("net", "mIoU", "PA", "MPA", "F1", "kappa", "entropy", title=f"{record['tiles']} tiles, in %")
+    for name, scores in nets.items():
+        cells = [f"{100 * scores[key]:.1f}" for key in ("miou", "pa", "mpa", "f1", "kappa")]
+        means.add_row(
+            name, *cells, f"{record['nets'][name]['entropy']:.3f} nats", style="bold" if name == headline else ""
+        )
+    classes = Table("class", *nets, title="IoU in %")
+    for label in nets[headline]["classes"]:
+        values = [scores["classes"][label]["iou"] for scores in nets.values()]
+        classes.add_row(label, *("-" if value is None else f"{100 * value:.1f}" for value in values))
+    out.print(means)
+    out.print(classes)
+    agreement = "" if record["agreement"] is None else f"S1 and S2 agree on {record['agreement']:.1%} of the pixels; "
+    speed = f"{record['seconds']:.1f} s, {record['tiles_per_s']:.1f} tiles/s"
+    out.print(f"{agreement}{speed}, peak memory {record['peak_memory_gib']:.2f} GiB", markup=False)

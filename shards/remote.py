@@ -15,16 +15,16 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from shards.errors import InputError
+from shards.errors import AccessError, InputError
 from shards.files import file_sha256, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -93,11 +93,22 @@ class Store:
             return path
         with _locked(self._lock_of(path)):
             if not path.exists():  # another process may have fetched it meanwhile
-                if size is not None:
-                    with _locked(self.cache / "lock"):
-                        self._make_room(size)
-                self._download(name, sha256, path, size)
+                self._fetch(name, sha256, path, size)
         return path
+
+    def _fetch(self, name: str, sha256: str, path: Path, size: int | None) -> None:
+        """For the holder of the file's lock."""
+        try:
+            if size is not None:
+                with _locked(self.cache / "lock"):
+                    self._make_room(size, to_come=size)
+            self._download(name, path, sha256)
+            with _locked(self.cache / "lock"):
+                if size is not None:
+                    self._make_room(size, to_come=0)  # again: others may have taken it while this was on its way
+                _part_of(path).replace(path)
+        finally:
+            _part_of(path).unlink(missing_ok=True)
 
     def discard_damaged(self, name: str, sha256: str) -> None:
         """Remove the local copy of a file if it is not what it should be; whoever has it open keeps what he has."""
@@ -107,19 +118,20 @@ class Store:
                 if file_sha256(path) != sha256:
                     path.unlink()
 
-    def sha256_of(self, name: str) -> str:
-        """sha256 of a file as it lies on the server, past the cache; raises :class:`InputError` as :meth:`fetch`."""
-        attempts = _Attempts()
-        for _ in attempts:
-            with TemporaryDirectory(dir=self.cache, prefix="verify-") as place:
-                try:
-                    _get(f"{self.url}/{name}", Path(place) / "copy")
-                    return file_sha256(Path(place) / "copy")
-                except FileNotFoundError:
-                    raise InputError(f"{self.url}/{name}: is missing") from None
-                except OSError as error:
-                    attempts.problem = _first_line(error)
-        raise InputError(f"{self.url}/{name}: cannot be fetched, {attempts}")
+    def sha256_of(self, name: str) -> str | None:
+        """sha256 of a file as it lies on the server, past the cache; None when there is none.
+
+        Raises:
+            InputError: as :meth:`fetch`, when it cannot be told.
+        """
+        path = self.folder / "verified" / Path(name).name
+        with _locked(self._lock_of(path)):  # what a killed process leaves here goes with other parts
+            try:
+                return self._download(name, path)
+            except MissingError:
+                return None
+            finally:
+                _part_of(path).unlink(missing_ok=True)
 
     def _lock_of(self, path: Path) -> Path:
         """The lock of a file of the cache; beside the datasets, so that who removes one of them removes no lock."""
@@ -134,57 +146,65 @@ class Store:
                 file = FileIO(path)
             except FileNotFoundError:  # evicted between the two
                 continue
+            except OSError as error:
+                raise AccessError(f"{path}: cannot be opened ({error.strerror})") from None
             fcntl.flock(file, fcntl.LOCK_SH)
             with suppress(FileNotFoundError):  # evicted just now; the open file stays whole
                 os.utime(path)
             return file
 
-    def _make_room(self, size: int) -> None:
-        """Remove the least recently used shards until ``size`` bytes more fit, as far as they are not in use."""
+    def _make_room(self, size: int, to_come: int) -> None:
+        """Remove the least recently used shards that nobody uses until the limit leaves room for ``size`` bytes.
+
+        The ``to_come`` bytes that are not there yet must also fit on the disk, which may be smaller than the limit. For
+        the holder of the cache's lock.
+        """
         for part in [*self.cache.glob("*/*.part"), *self.cache.glob("*/*/*.part")]:
             _remove_dead(part, self._lock_of(part.with_suffix("")))
         found = [(path.stat(), path) for path in self.cache.glob(_CACHED)]
-        total = sum(stat.st_size for stat, _ in found) + size
+        total = sum(stat.st_size for stat, _ in found)
+        excess = max(total + size - self.limit, to_come - shutil.disk_usage(self.cache).free)
         for stat, path in sorted(found, key=lambda item: item[0].st_mtime_ns):
-            if total <= self.limit:
+            if excess <= 0:
                 return
             if _unused(path):
                 path.unlink()
-                total -= stat.st_size
-        if total > self.limit and self.cache not in _warned:
+                excess -= stat.st_size
+        if excess > 0 and self.cache not in _warned:
             _warned.add(self.cache)
             logger.warning(
-                "%s: %d bytes of shards are in use at once, more than data.cache_bytes (%d): the cache exceeds it",
-                self.cache, total, self.limit,
+                "%s: %d bytes of shards are in use at once, more than data.cache_bytes (%d) or its disk can hold: the "
+                "cache exceeds it", self.cache, total + size, self.limit,
             )  # fmt: skip
 
-    def _download(self, name: str, sha256: str, path: Path, size: int | None) -> None:
-        url = f"{self.url}/{name}"
-        part = path.with_name(f"{path.name}.part")
-        attempts = _Attempts()
+    def _download(self, name: str, path: Path, sha256: str | None = None) -> str:
+        """Fetch a file to the part of ``path``, again where it has another ``sha256`` than this; its sha256."""
+        url, part, attempts = f"{self.url}/{name}", _part_of(path), _Attempts()
         for _ in attempts:
             try:
                 part.parent.mkdir(parents=True, exist_ok=True)
                 _get(url, part)
-                if file_sha256(part) == sha256:
-                    with _locked(self.cache / "lock"):
-                        if size is not None:
-                            self._make_room(size)  # again: others may have taken it while this one was on its way
-                        part.replace(path)
-                    return
+                found = file_sha256(part)
+                if sha256 in (found, None):
+                    return found
                 attempts.problem = "its bytes are not those that the manifest names"
             except FileNotFoundError:
-                raise InputError(f"{url}: no such file; is the whole dataset there?") from None
+                raise MissingError(f"{url}: no such file; is the whole dataset there?") from None
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
                     raise InputError(
-                        f"{part}: cannot be written ({error.strerror}); set data.cache, or data.cache_bytes below "
-                        "what its disk holds"
+                        f"{part}: cannot be written ({error.strerror}); make room there, or set data.cache"
                     ) from None
                 attempts.problem = _first_line(error)
-            finally:
-                part.unlink(missing_ok=True)
         raise InputError(f"{url}: cannot be fetched, {attempts}; try again later")
+
+
+class MissingError(InputError):
+    """The server has no such file."""
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
 
 
 class _Attempts:
@@ -212,6 +232,8 @@ def open_store(location: str, settings: CacheSettings) -> tuple[Store, bytes]:
         InputError: when there is no such dataset, or no way to reach it; names the URL.
     """
     url = location.rstrip("/")
+    if "?" in url:
+        raise InputError(f"{url}: files are named after the URL, which must have no query (?...) therefore")
     cache = settings.resolved()
     raw = _read(f"{url}/manifest.json")
     folder = cache / hashlib.sha256(raw).hexdigest()[:32]
@@ -295,8 +317,12 @@ def _timeouts(protocol: str) -> dict[str, Any]:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock; the kernel frees it when its holder dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    except OSError as error:
+        raise AccessError(f"{path}: cannot be written ({error.strerror}); set data.cache or DCTC_CACHE") from None
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -26,7 +26,7 @@ def verify(root: str | Path, progress: Callable[[int, int], None] | None = None)
     ``progress`` is told how many shards of how many are checked.
 
     Raises:
-        InputError: when there is no readable manifest.
+        InputError: when there is no readable manifest, or a server cannot be reached.
     """
     if is_url(root):
         return _verify_remote(str(root), progress)
@@ -57,11 +57,9 @@ def _verify_remote(url: str, progress: Callable[[int, int], None] | None) -> lis
     files = [*others, *((shard.name, shard.sha256) for shard in manifest.shards)]
     damages = []
     for number, (name, sha256) in enumerate(files, start=1):
-        try:
-            if store.sha256_of(name) != sha256:
-                damages.append(f"{store.url}/{name}: its sha256 is not that of the manifest")
-        except InputError as error:
-            damages.append(error.message)
+        found = store.sha256_of(name)
+        if found != sha256:
+            damages.append(f"{store.url}/{name}: {'its sha256 is not that of the manifest' if found else 'is missing'}")
         if progress is not None and number > len(others):
             progress(number - len(others), len(manifest.shards))
     return damages

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,8 +28,10 @@ from shards.manifest import MANIFEST, Dataset
 from shards.pack import Packed
 from shards.remote import CacheSettings
 from shards.report import PLAN, read_plan
+from shards.tiles import read_tile
 from shards.verify import rebuild_index, verify
 from tests.data.served import Served, http
+from tests.data.test_faults import small_disk
 from tests.data.test_interruption import copied
 from tests.tiny import ROOT, run
 
@@ -187,6 +192,21 @@ def _size(path: Path) -> int:
         return 0
 
 
+def test_the_disk_may_be_smaller_than_the_limit(packed: Packed, served: Served, tmp_path: Path) -> None:
+    """The default limit is 64 GiB; what nobody uses goes when the disk is full before."""
+    largest = max(shard.bytes for shard in packed.manifest.shards)
+    with small_disk(tmp_path / "disk", 5 * largest + 2**17):
+        dataset = Dataset.open(served.url, CacheSettings(tmp_path / "disk"))
+        held = dataset.open_shard(0)
+        for number in range(1, len(packed.manifest.shards)):
+            with dataset.open_shard(number) as file:
+                assert file.read() == (packed.root / packed.manifest.shards[number].name).read_bytes()
+        assert held.read() == (packed.root / packed.manifest.shards[0].name).read_bytes()
+        held.close()
+        assert sum(served.shards.values()) == len(packed.manifest.shards)
+        assert len(list((tmp_path / "disk").glob("*/shards/*.tar"))) < len(packed.manifest.shards)
+
+
 # ---- verify and its like
 
 
@@ -209,7 +229,45 @@ def test_verify_hashes_what_lies_on_the_server(packed: Packed, tmp_path: Path, m
         assert (done.returncode, "2 damaged" in done.stdout) == (1, True)
         with pytest.raises(InputError, match="give that folder"):
             rebuild_index(server.url)
-    assert not list((tmp_path / "cache").glob("verify-*"))
+        gone = server.url
+    assert not list((tmp_path / "cache").rglob("*.part"))
+    done = run("dctc", "verify", gone, check=False)
+    assert done.returncode == 2, "a server that is away is no damage"
+    assert "cannot be read" in done.stderr
+
+
+def test_what_a_killed_verify_leaves_goes(packed: Packed, served: Served, tmp_path: Path) -> None:
+    served.slow = 0.02
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dctc.cli", "verify", served.url],
+        cwd=ROOT,
+        env=os.environ | {"DCTC_CACHE": str(tmp_path)},
+    )
+    while not list(tmp_path.glob("*/verified/*.part")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert list(tmp_path.glob("*/verified/*.part"))
+    served.slow = 0.0
+    Dataset.open(served.url, CacheSettings(tmp_path)).open_shard(0).close()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_url_with_a_query_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"set\?token=1: files are named after the URL, which must have no query"):
+        Dataset.open("https://example.org/set?token=1", CacheSettings(tmp_path))
+
+
+def test_damaged_metadata_is_named(packed: Packed, tmp_path: Path) -> None:
+    root = copied(packed, tmp_path)
+    index = Index.open(packed)
+    path = root / packed.manifest.shards[int(index.shard[0])].name
+    data = bytearray(path.read_bytes())
+    data[int(index.meta_offset[0])] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=rf"{path}: meta of tile \S+ is damaged"):
+        read_tile(Dataset.open(root), index, 0)
 
 
 @pytest.mark.parametrize("command", [("shard", ROOT / "configs/data/synthetic.yaml"), ("synth",)])

@@ -232,13 +232,23 @@ def _finished(recipe: Recipe, root: Path, out: Path, scenes: Sequence[Scene], ve
     if plan["recipe_sha256"] != recipe.digest or changed:
         why = f"{changed[0]} is not as it was" if changed else "another recipe made it"
         raise InputError(f"{out}: holds a finished dataset and {why}; --fresh replaces it, or give another folder")
-    damage = find_damage(out) if verify else []
+    damage = find_damage(out) if verify else _misfits(packed)
     if damage:
         raise InputError(f"{out}: the dataset is damaged ({'; '.join(damage)}); --fresh packs it again")
     # Of a run that ended between its commit and its cleaning up, or while it drew the contact sheet.
     shutil.rmtree(out / STAGING, ignore_errors=True)
     remove_temporaries(out)
     return packed
+
+
+def _misfits(dataset: Dataset) -> list[str]:
+    """Shards that are missing or of another size, one sentence each: what can be told without reading them."""
+    found = ((shard, dataset.root / shard.name) for shard in dataset.manifest.shards)
+    return [
+        f"{path} is {'of another size' if path.is_file() else 'missing'}"
+        for shard, path in found
+        if not path.is_file() or path.stat().st_size != shard.bytes
+    ]
 
 
 def _staged(task: StageTask) -> StagedScene:

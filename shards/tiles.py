@@ -40,7 +40,13 @@ def read_tile(dataset: Dataset, index: Index, row: int) -> Tile:
         labelled = int(index.label_size[row]) > 0
         label = decode_label(_member(dataset, index, row, "label", file), codec["label"]) if labelled else None
         file.seek(int(index.meta_offset[row]))
-        meta = json.loads(file.read(int(index.meta_size[row])))
+        try:
+            meta = json.loads(file.read(int(index.meta_size[row])))
+        except ValueError:
+            shard = dataset.shard_name(int(index.shard[row]))
+            raise InputError(
+                f"{shard}: meta of tile {tile_name(dataset, index, row)} is damaged; `dctc verify` says more"
+            ) from None
     return Tile(image, np.ones(image.shape[1:], dtype=bool) if valid is None else valid, label, meta)
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,17 @@ def test_a_finished_dataset_is_left_as_it_is(packed: Packed, towns: Path, tmp_pa
     for check in (False, True):
         assert pack(same_recipe(), towns, root, verify=check).digest == packed.digest
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"short")])
+def test_a_finished_dataset_that_lacks_a_shard_is_no_finished_dataset(
+    packed: Packed, towns: Path, tmp_path: Path, harm: Callable[[Path], object]
+) -> None:
+    root = copied(packed, tmp_path)
+    harm(root / packed.manifest.shards[1].name)
+    with pytest.raises(InputError, match=rf"{packed.manifest.shards[1].name} is .*; --fresh packs it again"):
+        pack(same_recipe(), towns, root)
+    assert pack(same_recipe(), towns, root, resume=False).digest == packed.digest
 
 
 def test_a_finished_dataset_is_not_overwritten_by_another(packed: Packed, towns: Path, tmp_path: Path) -> None:

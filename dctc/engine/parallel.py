@@ -34,6 +34,14 @@ class Parallel:
     def __init__(self, strategy: str = "auto") -> None:
         # Autocast is ours: what a launch file or a user's default says of precision must not reach in here.
         accelerator = Accelerator(mixed_precision="no")
+        self._accelerator = accelerator
+        try:
+            self._take(accelerator, strategy)
+        except InputError:
+            self.close()
+            raise
+
+    def _take(self, accelerator: Accelerator, strategy: str) -> None:
         if accelerator.distributed_type not in PLAIN:
             raise InputError(
                 f"the launch file asks for {accelerator.distributed_type.value}, which parallel.strategy does not "
@@ -43,7 +51,6 @@ class Parallel:
         self.world: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
         self.strategy = self._agreed(strategy)
-        self._accelerator = accelerator
 
     @property
     def is_main(self) -> bool:

@@ -58,7 +58,7 @@ def train(tiles: Tiles, normalise: tuple[Tensor, Tensor], seed: int, options: ar
     torch.manual_seed(seed)
     rng = np.random.Generator(np.random.Philox(seed))
     net = UNet(bands=3, classes=len(CLASSES), width=options.width)
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=options.steps, pct_start=0.05)
     net.train()
@@ -66,7 +66,7 @@ def train(tiles: Tiles, normalise: tuple[Tensor, Tensor], seed: int, options: ar
         rows = torch.from_numpy(rng.integers(0, len(tiles.labels), options.batch))
         loss = F.cross_entropy(forward(net, tiles.images[rows], normalise), tiles.labels[rows])
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         optimizer.step()
         schedule.step()
     return net

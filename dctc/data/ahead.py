@@ -120,7 +120,7 @@ class CopyAhead:
         self._prepare, self._device = prepare, device
         self._side: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
             self._side.wait_stream(torch.cuda.current_stream(device))  # for the constants that ``prepare`` uses
 
     def __call__(self, rounds: Iterable[Sequence[RawBatch]]) -> Iterator[list[_Tensors]]:

@@ -59,7 +59,7 @@ def _reading(loader: Loader) -> Iterator[Iterator[RawBatch]]:
         yield batches
     finally:
         if loader.num_workers:
-            batches._shutdown_workers()  # type: ignore[attr-defined]
+            batches._shutdown_workers()  # type: ignore[attr-defined]  # torch has no public way
 
 
 @cache

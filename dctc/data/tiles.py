@@ -220,7 +220,7 @@ def _room(count: int, bands: int, size: int, dtype: np.dtype[Any], labelled: boo
     if get_worker_info() is None:
         block = torch.from_numpy(np.empty(ends[-1], np.uint8))
     else:
-        # As torch's own collate function does it.
+        # As torch's own collate function does it; there is no public way, and no types.
         storage = torch.UntypedStorage._new_shared(ends[-1])  # type: ignore[no-untyped-call]
         block = torch.empty(0, dtype=torch.uint8).set_(storage)
     images = block[: ends[0]].view(torch.from_numpy(np.empty(0, dtype)).dtype)

@@ -86,7 +86,7 @@ class Look:
             "greenery": float(rng.uniform(0.5, 1.6)),
             "markings": float(rng.choice([0.0, rng.uniform(0.6, 0.85)])),
         }
-        return cls(**ground, **stock, **_light(rng))  # type: ignore[arg-type]
+        return cls(**ground, **stock, **_light(rng))  # type: ignore[arg-type]  # values of several types
 
 
 def _varied(rng: np.random.Generator, color: npt.NDArray[np.float64], value: float, hue: float) -> Color:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreference
 
 
 def await_workers(cluster: DaskCluster, count: int) -> None:
-    with Client(cluster.address, set_as_default=False) as client:  # type: ignore[no-untyped-call]
+    with Client(cluster.address, set_as_default=False) as client:  # type: ignore[no-untyped-call]  # not typed
         client.wait_for_workers(count, timeout=60)
 
 

@@ -163,7 +163,7 @@ def test_webdataset_reads_it(dataset: Packed) -> None:
         image, label = decoded(dataset, sample)
         assert np.array_equal(image[:, tile.valid], tile.image[:, tile.valid])
         assert (label is None) == (tile.label is None)
-        assert label is None or np.array_equal(label, tile.label)  # type: ignore[arg-type]  # both or none
+        assert label is None or np.array_equal(label, tile.label)  # type: ignore[arg-type]  # both are there or neither
         if "mask.png" in sample:
             assert np.array_equal(np.asarray(Image.open(io.BytesIO(sample["mask.png"]))) == 255, tile.valid)
         assert ("mask.png" in sample) == bool(index.mask_size[row])

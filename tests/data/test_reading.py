@@ -122,10 +122,11 @@ def test_summary_is_plain_and_complete(packed: Packed) -> None:
 def test_tables_say_the_counts(packed: Packed) -> None:
     from rich.console import Console
 
-    console = Console(file=io.StringIO(), width=140)
+    printed = io.StringIO()
+    console = Console(file=printed, width=140)
     for table in tables(packed):
         console.print(table)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = printed.getvalue()
     for part in ("potsdam: 64 px tiles", "low_vegetation", "labelled shares", "80", "1/8", "padding"):
         assert part in text
 

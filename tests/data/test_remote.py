@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from tests.data.served import Served, http, s3
 from tests.tiny import ROOT, run, write_config
 
 CPU = torch.device("cpu")
+Order = Literal["global", "block"]
 
 
 @pytest.fixture
@@ -37,13 +39,13 @@ def opened(url: str, cache: Path, limit: int = 2**40) -> Dataset:
     return Dataset.open(url, CacheSettings(cache, limit))
 
 
-def streams(dataset: Dataset, workers: int = 0, order: str = "block", rounds: int = 12) -> list[torch.Tensor]:
+def streams(dataset: Dataset, workers: int = 0, order: Order = "block", rounds: int = 12) -> list[torch.Tensor]:
     """Images and labels of the rounds of both streams, on one process."""
     index = Index.open(dataset)
     tensors = []
     for number, rows in enumerate((index.rows("train")[::2], index.rows("train"))):
         stream = TrainingStream(
-            dataset, number, rows, 8, 3, Layout(1, 0, 2), "flips", workers, not number, order, 2  # type: ignore[arg-type]
+            dataset, number, rows, 8, 3, Layout(1, 0, 2), "flips", workers, not number, order, 2
         )  # fmt: skip
         for batches in stream.batches(range(rounds), CPU):
             tensors += [tensor for batch in batches for tensor in batch if tensor is not None]
@@ -62,7 +64,7 @@ def assert_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("order", ["global", "block"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_over_http_are_the_local_ones(
-    packed: Packed, served: Served, tmp_path: Path, workers: int, order: str
+    packed: Packed, served: Served, tmp_path: Path, workers: int, order: Order
 ) -> None:
     remote = opened(served.url, tmp_path)
     assert remote.digest == packed.digest

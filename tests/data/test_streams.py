@@ -299,11 +299,11 @@ from shards.manifest import Dataset
 dataset = Dataset.open(sys.argv[2])
 rows = Index.open(dataset).rows("train")
 stream = TrainingStream(dataset, 0, rows, 4, 0, Layout(), "strong", 0, True, cutmix=True)
-rounds, epoch = stream.batches(range(8 * len(rows) // 4), torch.device("cpu")), len(rows) // 4
-for number, _ in enumerate(rounds, start=1):
-    if number % epoch == 0:
-        me = psutil.Process()
-        print(me.memory_info().rss, me.num_fds(), flush=True)
+epoch, me = len(rows) // 4, psutil.Process()
+for number in range(8):  # each epoch begun anew, as what is validated is, so that nothing of an earlier one may stay
+    for _ in stream.batches(range(number * epoch, (number + 1) * epoch), torch.device("cpu")):
+        pass
+    print(me.memory_info().rss, me.num_fds(), flush=True)
 """
 
 

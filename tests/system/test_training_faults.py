@@ -14,7 +14,7 @@ from dctc.engine.checkpoint import complete
 from dctc.train import command
 from shards.index import Index
 from shards.manifest import Dataset
-from tests.tiny import start, write_config
+from tests.tiny import launch_arguments, start, write_config
 
 
 def test_a_loss_that_is_not_finite_leaves_no_checkpoint_to_go_on_from(tmp_path: Path, tiny_dataset: Path) -> None:
@@ -36,6 +36,18 @@ def test_loader_workers_end_with_a_trainer_that_is_killed(tmp_path: Path, tiny_d
     process.kill()
     process.wait()
     assert len(family) > 4, "two workers for each of the streams, and the server that forks them"
+    assert not psutil.wait_procs(family, timeout=20)[1]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loader_worker_that_is_killed_ends_the_run(tmp_path: Path, tiny_dataset: Path, processes: int) -> None:
+    """As the kernel does it to the largest process when memory runs out: exit code 1 within seconds, on all ranks."""
+    config = write_config(tmp_path / "lost.yaml", tiny_dataset, data={"workers": 1}, schedule={"rounds": 1000})
+    command = ["dctc", "train", config] if processes == 1 else ["accelerate", *launch_arguments(2), config]
+    process = start(command, tmp_path / "runs" / "synthetic-scene" / "lost" / "checkpoints" / "latest")
+    family = psutil.Process(process.pid).children(recursive=True)
+    next(member for member in family if member.name() == "pt_data_worker").kill()
+    assert process.wait(timeout=60) == 1
     assert not psutil.wait_procs(family, timeout=20)[1]
 
 

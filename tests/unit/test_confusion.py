@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from sklearn import metrics
 
 from dctc.evaluation.confusion import Agreement, ConfusionMatrix, EntropyMeter, Scores, entropy
 from shards.errors import InputError
@@ -100,7 +101,6 @@ def test_miou_without_refuses_unknown_names() -> None:
 
 
 def test_agrees_with_scikit_learn() -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
     random = np.random.default_rng(0)
     truth, noise = random.integers(0, 5, (2, 64, 64)), random.integers(0, 5, (2, 64, 64))
     prediction = np.where(random.random((2, 64, 64)) < 0.6, truth, noise)

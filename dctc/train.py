@@ -12,7 +12,7 @@ if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent
 import warnings
 
 from dctc.config import Config, load_config
-from dctc.engine.build import finish, is_finished, locate, make_folder, prepare, resolve
+from dctc.engine.build import finish, is_finished, locate, make_folder, prepare, resolve, settle
 from dctc.engine.parallel import Parallel
 from dctc.engine.preempt import EXIT_PREEMPTED, StopRequest
 from dctc.tracking.start import send_late, start_tracking
@@ -28,14 +28,14 @@ def main(arguments: list[str]) -> int:
     config = resolve(load_config(arguments[0], arguments[1:]))
     dataset = Dataset.open(config.data.dataset, config.data.cache_settings)
     stop = StopRequest()
-    parallel = Parallel(config.parallel.strategy)
+    parallel = Parallel(config.parallel.strategy, config.parallel.timeout)
     try:
-        return _train(config, dataset, parallel, stop)
+        return train(settle(config, parallel.device), dataset, parallel, stop)
     finally:
         parallel.close()  # a process that ends inside its group may abort, whatever it has to say
 
 
-def _train(config: Config, dataset: Dataset, parallel: Parallel, stop: StopRequest) -> int:
+def train(config: Config, dataset: Dataset, parallel: Parallel, stop: StopRequest) -> int:
     run = locate(config, dataset, parallel)
     if is_finished(config, run):
         if parallel.is_main:

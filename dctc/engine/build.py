@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from torch import nn
 
 from dctc.bundle import Description
 from dctc.config import Config, MethodConfig, nearest
@@ -18,8 +19,10 @@ from dctc.data.loaders import TrainingStream
 from dctc.data.order import LABELLED, UNLABELLED, Indices, Layout
 from dctc.engine.checkpoint import Checkpoints, Progress, latest, read_progress
 from dctc.engine.parallel import Parallel
-from dctc.engine.precision import Precision
+from dctc.engine.precision import Precision, UnsupportedPrecision
 from dctc.engine.preempt import StopRequest
+from dctc.engine.profile import Profile
+from dctc.engine.recompute import recompute_blocks
 from dctc.engine.schedule import Schedule
 from dctc.engine.trainer import Every, Tracker, Trainer
 from dctc.engine.update import OptimizerSpec, Updater
@@ -126,23 +129,30 @@ def prepare(
     labelled_rows = index.labelled_rows(config.data.labelled_share)
     if not len(labelled_rows):
         raise InputError(f"{dataset.location}: no labelled training tile, and method {config.method.name} needs labels")
-    precision = Precision(config.precision.dtype, parallel.device, config.precision.channels_last)
+    precision = _precision(config, parallel.device)
+    _must_go_together(config, parallel.strategy)
     torch.manual_seed(config.run.seed)  # nothing else draws from a global generator
     method = _method(config, dataset, parallel)
-    for name, module in method.parts.items():
-        method.parts[name] = parallel.wrap(precision.lay_out(module))
-    updater = Updater(method.parts, _optimizer_spec(config), parallel, precision)
+    checkpoints = Checkpoints(run.folder / "checkpoints", config.run.keep, parallel)
+    if run.source is not None:
+        checkpoints.load_weights(run.source, method.parts)
+    _make_ready([precision.lay_out(module) for module in method.parts.values()], config)
+    updater = Updater(method.parts, _optimizer_spec(config), parallel, precision, config.parallel.offload)
+    method.parts.update(updater.modules)
     schedule = Schedule.plan(
         len(index.rows("train")), config.data.batch_labelled,
         config.schedule.epochs, config.schedule.warmup, config.schedule.rounds,
     )  # fmt: skip
-    checkpoints = Checkpoints(run.folder / "checkpoints", config.run.keep, parallel)
     if run.source is not None:
-        checkpoints.load(run.source, method.parts, updater.optimizers)
+        checkpoints.load_optimizers(run.source, updater.parts)
+        if precision.loss_scale is not None and run.progress.loss_scale is not None:
+            precision.loss_scale.value, since = run.progress.loss_scale
+            precision.loss_scale.since = int(since)
 
     unlabelled_rows = index.unlabelled_rows(config.data.labelled_share)
     watch = Watch(
         method=method,
+        parts=updater.parts,
         dataset=dataset,
         parallel=parallel,
         precision=precision,
@@ -155,6 +165,7 @@ def prepare(
         warn=partial(_warn, parallel.is_main),
         warn_from=schedule.rounds // 5,
         substitute=config.data.on_damage == "substitute",
+        compiled=config.parallel.compile != "none",
     )
     return partial(
         Trainer,
@@ -170,6 +181,7 @@ def prepare(
         progress=run.progress,
         stop=stop,
         watch=watch,
+        profile=Profile(config.run.profiled(schedule.rounds), run.folder / "profile", parallel.rank),
     )
 
 
@@ -188,6 +200,53 @@ def finish(trainer: Trainer, config: Config) -> None:
     for file in (model, report, watch.folder / "config.yaml", *watch.folder.glob("test-*")):
         tracker.artifact(file)
     print(f"model {model}\nreport {report}")
+
+
+def settle(config: Config, device: torch.device) -> Config:
+    """The configuration with ``precision.dtype: auto`` as it is on this device."""
+    if config.precision.dtype != "auto":
+        return config
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = config.precision.model_copy(update={"dtype": "bf16" if has_bf16 else "fp32"})
+    return config.model_copy(update={"precision": precision})
+
+
+def _precision(config: Config, device: torch.device) -> Precision:
+    try:
+        return Precision(config.precision.dtype, device, config.precision.channels_last)
+    except UnsupportedPrecision as error:
+        raise InputError(f"key precision.dtype is {config.precision.dtype}: {error}") from None
+
+
+def _must_go_together(config: Config, strategy: str) -> None:
+    zero = strategy.startswith("zero")
+    if config.parallel.offload and not zero:
+        raise InputError(f"key parallel.offload: is DeepSpeed's (zero1, zero2, zero3), and the strategy is {strategy}")
+    if zero and config.precision.dtype == "fp16":
+        raise InputError(
+            f"key precision.dtype is fp16: {strategy} keeps one loss scale an engine, and an update here has one "
+            "backward pass through several engines: use bf16, or fsdp2"
+        )
+    if zero and config.optimizer.nonfinite == "skip":
+        raise InputError(
+            f"key optimizer.nonfinite is skip: an engine of {strategy} cannot leave out a step: use stop, or fsdp2"
+        )
+    if zero and config.parallel.compile != "none":
+        raise InputError(
+            f"key parallel.compile: is not offered with {strategy}: use none, ddp or fsdp2, or compile=none"
+        )
+
+
+def _make_ready(modules: Sequence[nn.Module], config: Config) -> None:
+    """Recompute and compile parts, in place: their state-dict keys stay, and wrappers go around them."""
+    if config.parallel.activation_checkpointing and not sum([recompute_blocks(module) for module in modules]):
+        raise InputError(
+            f"key parallel.activation_checkpointing: network {config.network.name} has no Block "
+            "(dctc.networks.block) that could be computed again"
+        )
+    if config.parallel.compile != "none":
+        for module in modules:
+            module.compile(mode=None if config.parallel.compile == "default" else config.parallel.compile)
 
 
 def _method(config: Config, dataset: Dataset, parallel: Parallel) -> Method:

@@ -19,7 +19,7 @@ FILES = sorted(path.name for path in LAUNCH.glob("*.yaml"))
 
 # Keys that say how processes start. Everything else (precision, accumulation, clipping ...) belongs to configs/.
 PROCESS_KEYS = {
-    "compute_environment", "distributed_type", "gpu_ids", "machine_rank", "main_process_ip", "main_process_port",
+    "compute_environment", "deepspeed_config", "distributed_type", "fsdp_config", "gpu_ids", "machine_rank", "main_process_ip", "main_process_port",
     "num_machines", "num_processes", "rdzv_backend", "same_network",
 }  # fmt: skip
 

@@ -8,9 +8,10 @@ from typing import cast
 
 import numpy as np
 import pytest
+import torch
 
 from dctc.config import load_config
-from dctc.engine.build import Run, locate, make_folder, prepare, resolve
+from dctc.engine.build import Run, locate, make_folder, prepare, resolve, settle
 from dctc.engine.parallel import Parallel
 from dctc.engine.preempt import StopRequest
 from dctc.engine.trainer import Tracker, Trainer
@@ -54,7 +55,7 @@ def written(dataset: Dataset, folder: Path) -> Path:
 
 
 def trainer(dataset: Dataset, folder: Path, *overrides: str) -> Trainer:
-    config = resolve(load_config(written(dataset, folder), overrides))
+    config = settle(resolve(load_config(written(dataset, folder), overrides)), torch.device("cpu"))
     run = located(dataset, folder, *overrides)
     nobody = cast(Tracker, SimpleNamespace())
     return prepare(config, dataset, Parallel(), run, cast(StopRequest, SimpleNamespace(received=None)))(nobody)

@@ -18,6 +18,7 @@ from dctc.config import Config, MethodConfig, nearest
 from dctc.data.loaders import TrainingStream
 from dctc.data.order import LABELLED, UNLABELLED, Indices, Layout
 from dctc.engine.checkpoint import Checkpoints, Progress, latest, read_progress
+from dctc.engine.faults import occupy
 from dctc.engine.parallel import Parallel
 from dctc.engine.precision import Precision, UnsupportedPrecision
 from dctc.engine.preempt import StopRequest
@@ -65,6 +66,18 @@ def resolve(config: Config) -> Config:
     return config.model_copy(update={"method": method})
 
 
+def run_folder(config: Config, dataset: Dataset) -> Path:
+    """Where the run lives."""
+    experiment, name = _names(config, dataset)
+    return config.run.output / experiment.replace("/", "_") / name.replace("/", "_")
+
+
+def _names(config: Config, dataset: Dataset) -> tuple[str, str]:
+    """Of the experiment and of the run."""
+    experiment = config.run.experiment or f"{dataset.manifest.name}-{dataset.manifest.protocol}"
+    return experiment, config.run.name or f"{config.method.name}-{config.data.labelled_share}-s{config.run.seed}"
+
+
 def locate(config: Config, dataset: Dataset, parallel: Parallel) -> Run:
     """Find the run's folder and its latest checkpoint; nothing is written.
 
@@ -74,9 +87,8 @@ def locate(config: Config, dataset: Dataset, parallel: Parallel) -> Run:
     Raises:
         InputError: a checkpoint of other data or settings (the keys are named), or ``never`` as above.
     """
-    experiment = config.run.experiment or f"{dataset.manifest.name}-{dataset.manifest.protocol}"
-    name = config.run.name or f"{config.method.name}-{config.data.labelled_share}-s{config.run.seed}"
-    folder = config.run.output / experiment.replace("/", "_") / name.replace("/", "_")
+    experiment, name = _names(config, dataset)
+    folder = run_folder(config, dataset)
     source = parallel.from_main(_resume_source(config.run.resume, folder))
     progress = Progress(dataset=dataset.digest, settings=config.result_settings())
     if source is not None:
@@ -96,15 +108,24 @@ def _resume_source(resume: str, folder: Path) -> Path | None:
     return None
 
 
-def make_folder(config: Config, run: Run) -> None:
-    """Make the run's folder with ``config.yaml`` in it; raises :class:`InputError` where that is not allowed."""
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        draft = run.folder / ".config.yaml"
-        draft.write_text(yaml.safe_dump(config.plain(), sort_keys=False))
-        draft.replace(run.folder / "config.yaml")
-    except OSError as error:
-        raise InputError(f"{run.folder}: cannot write the run's folder ({error.strerror}); set run.output") from None
+def make_folder(config: Config, run: Run, parallel: Parallel) -> None:
+    """Make the run's folder with ``config.yaml`` in it, and lock it. All ranks call it.
+
+    Raises:
+        InputError: that is not allowed, or another run is in it.
+    """
+    problem = None
+    if parallel.is_main:
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            draft = run.folder / ".config.yaml"
+            draft.write_text(yaml.safe_dump(config.plain(), sort_keys=False))
+            draft.replace(run.folder / "config.yaml")
+        except OSError as error:
+            problem = error.strerror
+    if (problem := parallel.from_main(problem)) is not None:
+        raise InputError(f"{run.folder}: cannot write the run's folder ({problem}); set run.output")
+    occupy(run.folder, parallel)
 
 
 def is_finished(config: Config, run: Run) -> bool:
@@ -190,7 +211,8 @@ def finish(trainer: Trainer, config: Config) -> None:
     progress, watch, tracker = trainer.progress, trainer.watch, trainer.tracker
     progress.tracking_id = tracker.run_id
     model = watch.save_model("model.safetensors", progress)
-    evaluation = watch.test() if config.evaluation.test else None
+    with trainer.parallel.own_errors():
+        evaluation = watch.test() if config.evaluation.test else None
     report = watch.report(progress, evaluation, config.evaluation.test, trainer.tiles_per_round)
     if not trainer.parallel.is_main:
         return

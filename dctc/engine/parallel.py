@@ -199,6 +199,16 @@ class Parallel:
             for group in (None, self.control, self.storage):
                 _set_pg_timeout(timedelta(seconds=self._timeout), group)
 
+    @contextmanager
+    def own_errors(self) -> Iterator[None]:
+        """Bad input met inside is this rank's own: other ranks read other tiles. It is told with the rank's name."""
+        try:
+            yield
+        except InputError as error:
+            if self.world > 1:
+                error.add_note(f"rank {self.rank} on {self.hosts[self.rank]}")
+            raise
+
     def wait(self) -> None:
         """A barrier."""
         if self.world > 1:

@@ -120,7 +120,7 @@ class Trainer:
         console = Console(total, progress.rounds, self.parallel.is_main)
         meters = Meters(self.parallel, self.tiles_per_round, self.compute)
         try:
-            with collected_between_rounds() as collect:
+            with self.parallel.own_errors(), collected_between_rounds() as collect:
                 for batches, waited in self._batches(range(progress.rounds, total)):
                     self._round(batches, waited, meters, console)
                     collect(progress.rounds)

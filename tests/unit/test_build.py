@@ -144,7 +144,7 @@ def test_the_folder_is_named_by_dataset_and_run(dataset: Dataset, tmp_path: Path
     assert (run.experiment, run.name) == (experiment, "dctc-1/4-s3")
     assert run.folder == tmp_path / "runs" / experiment / "dctc-1_4-s3"
     assert not run.folder.exists()
-    make_folder(load_config(written(dataset, tmp_path), ["data.labelled_share=0.25", "run.seed=3"]), run)
+    make_folder(load_config(written(dataset, tmp_path), ["data.labelled_share=0.25", "run.seed=3"]), run, Parallel())
     again = load_config(run.folder / "config.yaml")
     assert (
         again.data.labelled_share

@@ -55,15 +55,14 @@ def counted(name: str, width: int = 4, size: int = 32, batches: tuple[int, int] 
     return round_flops(name, NetworkSpec(BANDS, CLASSES, width=width), options, *batches, size, **steps)
 
 
-@pytest.mark.parametrize(("width", "size"), [(4, 16), (8, 32), (16, 48)])
+@pytest.mark.parametrize(("width", "size"), [(4, 16), (8, 48)])
 def test_supervised_round_is_three_forwards_less_the_image_gradient(width: int, size: int) -> None:
     unet = encoder(width, size) + decoder(width, size)
     assert counted("supervised", width, size, (5, 0)) == 5 * trained(unet, width, size)
 
 
-@pytest.mark.parametrize("size", [17, 31])
-def test_a_size_between_strides_counts_as_padded(size: int) -> None:
-    assert counted("supervised", size=size) == counted("supervised", size=32)
+def test_a_size_between_strides_counts_as_padded() -> None:
+    assert counted("supervised", size=17) == counted("supervised", size=32)
 
 
 def test_dctc_round_by_hand() -> None:
@@ -74,18 +73,19 @@ def test_dctc_round_by_hand() -> None:
     students = 2 * trained(e + d, width, size)
     phase2 = unlabelled * (teacher + students)  # the teacher labels once
     phase3 = unlabelled * (e + 2 * d + students)  # both students label from one encoder pass
-    whole = counted("dctc", width, size, (labelled, unlabelled))
-    assert whole == phase1 + phase2 + phase3
-    late = {"phase2_start": 5, "phase3_start": 9}
+    late = {"phase2_start": 5, "phase3_start": 9, "phase3_ramp": 1000}
     assert counted("dctc", width, size, (labelled, unlabelled), step=4, **late) == phase1
     assert counted("dctc", width, size, (labelled, unlabelled), step=8, **late) == phase1 + phase2
-    assert counted("dctc", width, size, (labelled, unlabelled), **late) == whole, "far along, all phases run"
+    assert counted("dctc", width, size, (labelled, unlabelled), **late) == phase1 + phase2 + phase3, "far along"
 
 
 def test_fused_students_share_the_encoder() -> None:
     width, size = 8, 32
-    saved = counted("dctc", width, size) - counted("dctc", width, size, update="fused")
-    assert saved == 2 * trained(encoder(width, size), width, size), "one encoder pass less in each of both phases"
+    e, d = encoder(width, size), decoder(width, size)
+    teacher = e + d + attention(width)
+    whole = trained(teacher, width, size) + teacher + e + 2 * d  # phase 1, and who labels in phases 2 and 3
+    whole += 2 * (trained(e, width, size) + 2 * 3 * d)  # one encoder pass a phase, both decoders after it
+    assert counted("dctc", width, size, update="fused") == whole
 
 
 def test_the_papers_size_takes_as_much_as_the_design_says() -> None:
@@ -104,7 +104,7 @@ def test_every_method_and_network_counts_and_is_linear_in_the_batch(name: str, n
 
 
 def test_norms_cost_nothing_and_sync_is_counted_without_a_gpu() -> None:
-    values = {n: round_flops("dctc", NetworkSpec(BANDS, CLASSES, width=4, norm=n), {}, 1, 1, 32)
+    values = {n: round_flops("supervised", NetworkSpec(BANDS, CLASSES, width=4, norm=n), {}, 1, 1, 32)
               for n in ("batch", "sync", "group")}  # fmt: skip
     assert len(set(values.values())) == 1, values
 

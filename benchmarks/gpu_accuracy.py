@@ -24,7 +24,7 @@ from benchmarks.gpu_engine import SEED, Deadline, Engine, Report, Setting
 from dctc.data.order import LABELLED, UNLABELLED, GlobalOrder, Layout, RankBatchSampler
 from dctc.engine.parallel import Parallel
 from dctc.engine.schedule import Schedule
-from dctc.methods import Batch, inference, method_names
+from dctc.methods import Batch, inference
 from dctc.methods.base import IGNORE
 from dctc.networks import NetworkSpec
 
@@ -192,11 +192,11 @@ class Study:
         return {net: miou(matrix.view(classes, classes)) for net, matrix in matrices.items()}
 
 
-def trainings(quick: bool) -> Iterator[Training]:
+def trainings(methods: list[str], quick: bool) -> Iterator[Training]:
     """Seed by seed, so that what is done by the end is comparable."""
     for seed in range(1 if quick else SEEDS):
         for share in SHARES[-1:] if quick else SHARES:
-            for method in method_names():
+            for method in methods:
                 yield Training(method, share, seed)
 
 
@@ -214,6 +214,7 @@ def summary(found: Mapping[tuple[str, Fraction], list[dict[str, float]]], emit: 
 
 def run(options: argparse.Namespace, parallel: Parallel, deadline: Deadline, emit: Report) -> bool:
     """Trainings until the time is over."""
+    width, name = options.width or (4 if options.quick else 64), options.networks[0]
     if not (options.data / "Tile 8").is_dir():
         emit(f'SKIPPED: {options.data} has no folder "Tile 8"; name the Dubai scenes by --data')
         return True
@@ -221,9 +222,9 @@ def run(options: argparse.Namespace, parallel: Parallel, deadline: Deadline, emi
 
     recipe = yaml.safe_load(RECIPE.read_text())
     quick = options.quick
-    tile, width = options.tile or (64 if quick else 256), options.width or (4 if quick else 64)
+    tile = options.tile or (64 if quick else 256)
     tiles = load(options.data, recipe, tile, parallel.device)
-    spec = NetworkSpec(3, len(recipe["classes"]), width=width)
+    spec = NetworkSpec(3, len(recipe["classes"]), name=name, width=width)
     study = Study(tiles, spec, options.rounds or (2 if quick else 1500), options.batch or 8, parallel)
     counts = ", ".join(f"{split} {len(tiles[split].images)}" for split in reversed(SPLITS))
     emit(
@@ -232,7 +233,7 @@ def run(options: argparse.Namespace, parallel: Parallel, deadline: Deadline, emi
     )
     found: dict[tuple[str, Fraction], list[dict[str, float]]] = defaultdict(list)
     longest: dict[str, float] = {}
-    for one in trainings(quick):
+    for one in trainings(options.methods, quick):
         if deadline.left < longest.get(one.method, 0) or deadline.left <= 0:
             emit(f"{one} and what would follow: left out, out of time")
             break

@@ -12,12 +12,12 @@ from torch import Tensor
 from benchmarks.gpu_engine import Deadline, Engine, PlainLoop, Report, Setting, Unavailable, net_weights, streams
 from dctc.engine.parallel import Parallel
 from dctc.engine.update import Losses
-from dctc.methods import Batch, Update, method_names
-from dctc.networks import NetworkSpec, network_names
+from dctc.methods import Batch, Update
+from dctc.networks import NetworkSpec
 
 BANDS, CLASSES = 3, 6
 LOWER = (Setting("tf32", True), Setting("bf16", True), Setting("bf16"), Setting("fp16", True))
-PARITY = 1e-3  # largest relative difference of a loss of the first rounds between two float32 loops
+PARITY = 1e-2  # largest relative difference of a loss of the first rounds: Adam's first steps magnify rounding
 ROUNDS_OF_PARITY = 3
 
 
@@ -139,10 +139,10 @@ def run(options: argparse.Namespace, parallel: Parallel, deadline: Deadline, emi
         f"width {width}, {tile} px, {count}+{count} made tiles, {different} batches over and over; weights of one seed"
     )
     good = True
-    for network in network_names():
+    for network in options.networks:
         spec = NetworkSpec(BANDS, CLASSES, name=network, width=width)
         pairs = [streams(spec, count, tile, parallel.device, number) for number in range(different)]
-        for method in method_names():
+        for method in options.methods:
             if deadline.left <= 0:
                 emit(f"{method}, {network}: left out, out of time")
                 continue

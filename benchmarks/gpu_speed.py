@@ -24,8 +24,8 @@ from benchmarks.gpu_engine import (
 )
 from dctc.engine.flops import TERA, peak_flops, round_flops
 from dctc.engine.parallel import Parallel
-from dctc.methods import Batch, build_method, method_names
-from dctc.networks import NetworkSpec, network_names
+from dctc.methods import Batch, build_method
+from dctc.networks import NetworkSpec
 
 BANDS, CLASSES = 3, 6
 WARM, ROUNDS, LIMIT = 3, 20, 10.0  # rounds before, rounds timed, seconds that they may take
@@ -60,7 +60,8 @@ def settings(quick: bool) -> list[tuple[Setting | None, int]]:
     second = [Setting("tf32", True), Setting("fp16", True), Setting("bf16"), Setting("tf32"), Setting("fp16")]
     if quick:
         return [*((s, 1) for s in first + second), (None, 2), (Setting("bf16", True), 2)]
-    larger = [(s, n) for n in LARGER for s in (None, Setting("bf16", True), Setting("bf16", True, compiler))]
+    larger = [(s, n) for n in LARGER for s in (None, Setting("bf16", True))]
+    larger += [(Setting("bf16", True, compiler), n) for n in LARGER]
     last = [Setting("fp32", True)] + [Setting(dtype, True, compiler) for dtype in ("tf32", "fp16", "fp32")]
     return [*((s, 1) for s in first), *((s, 1) for s in second), *larger, *((s, 1) for s in last)]
 
@@ -129,8 +130,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     """All lines, in their order."""
     base = options.batch or (2 if options.quick else 4)
     for setting, multiple in settings(options.quick):
-        for network in network_names():
-            for method in method_names():
+        for network in options.networks:
+            for method in options.methods:
                 yield Case(method, network, setting, base * multiple)
 
 

@@ -98,13 +98,13 @@ class Engine:
 class PlainLoop:
     """The same rounds as one would write them by hand: eager float32 without TF32, a stock Adam a part.
 
-    It borrows the networks with their initial weights, and none of the method's or engine's code.
+    It borrows the networks with their initial weights, and no code of the method's or the engine's rounds.
     """
 
     def __init__(self, method: str, spec: NetworkSpec, device: torch.device) -> None:
         if method not in PLAIN:
             raise Unavailable(f"no plain loop of {method} is written here")
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        Precision("fp32", device)  # switches TF32 off, for the whole process
         torch.manual_seed(SEED)
         self.nets = {name: part.to(device).train() for name, part in build_method(method, spec, {}).parts.items()}
         self.optimizers = {name: Adam(net.parameters(), lr=1e-3) for name, net in self.nets.items()}

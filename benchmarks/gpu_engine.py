@@ -63,12 +63,12 @@ class Engine:
             raise Unavailable(f"precision {setting.dtype} is not available in this version") from error
         torch.manual_seed(seed)
         self.method = build_method(method, spec, {})
-        for name, module in self.method.parts.items():
-            module = self.precision.lay_out(module)
+        for module in self.method.parts.values():
+            self.precision.lay_out(module)
             if setting.compiler is not None:
                 module.compile(backend=setting.compiler)
-            self.method.parts[name] = parallel.wrap(module)
         self.updater = Updater(self.method.parts, OptimizerSpec(), parallel, self.precision)
+        self.method.parts.update(self.updater.modules)
 
     def round(
         self, labelled: Batch, unlabelled: Batch, step: int, watch: Callable[[Update, Losses], None] | None = None

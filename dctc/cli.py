@@ -161,29 +161,29 @@ def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="configs/DATASET/METHOD.yaml")],
     overrides: Overrides = None,
     launch: Annotated[Path | None, typer.Option(help="a file of launch/: how processes start")] = None,
+    find: Annotated[
+        bool, typer.Option("--find-batch-size", help="train nothing: measure which batches fit into memory")
+    ] = False,
 ) -> None:
     """Train: one process here, or as `accelerate launch --config_file LAUNCH dctc/train.py CONFIG ...` does.
 
     Example: dctc train configs/synthetic/dctc.yaml data.labelled_share=1/8
     """
     settings = [str(config), *(overrides or [])]
+    if find:
+        from dctc.batch_size import Search, find_batch_size
+
+        start, world = _launcher(launch)
+        find_batch_size(
+            Search(config, overrides or [], [sys.executable, *start], world), lambda line: out.print(line, markup=False)
+        )
+        return
     if launch is None:
         from dctc.train import command
 
         raise typer.Exit(command(settings))
-    if not launch.is_file():
-        raise InputError(f"{launch}: no such launch file; see launch/README.md")
-    script = str(Path(__file__).with_name("train.py"))
-    start = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(launch),
-        *_process_count(launch),
-        script,
-        *settings,
-    ]
-    os.execv(sys.executable, [sys.executable, *start])  # signals then reach the launcher itself
+    start, _ = _launcher(launch)
+    os.execv(sys.executable, [sys.executable, *start, *settings])  # signals then reach the launcher itself
 
 
 @app.command()
@@ -307,22 +307,30 @@ def doctor(as_json: AsJson = False) -> None:
         out.print(f"to fix: {advice}", markup=False)
 
 
-def _process_count(launch: Path) -> list[str]:
-    """``--num_processes`` for a launch file that leaves the number to the machine: one process a GPU."""
+def _launcher(launch: Path | None) -> tuple[list[str], int]:
+    """Python's arguments that start the trainer as a launch file says, and how many processes that makes."""
     import torch
     import yaml
 
+    script = str(Path(__file__).with_name("train.py"))
+    if launch is None:
+        return [script], 1
+    if not launch.is_file():
+        raise InputError(f"{launch}: no such launch file; see launch/README.md")
     try:
         named = yaml.safe_load(launch.read_text())
     except yaml.YAMLError as error:
         raise InputError(f"{launch}: not valid YAML: {error}") from None
-    if isinstance(named, dict) and "num_processes" in named:
-        return []
-    if not torch.cuda.is_available():
-        raise InputError(
-            f"{launch}: leaves the number of processes to the GPUs, and there is none; see launch/README.md"
-        )
-    return ["--num_processes", str(torch.cuda.device_count())]
+    count: list[str] = []
+    world = named.get("num_processes") if isinstance(named, dict) else None
+    if world is None:  # the file leaves the number to the machine: one process a GPU
+        world = torch.cuda.device_count()
+        count = ["--num_processes", str(world)]
+        if not world:
+            raise InputError(
+                f"{launch}: leaves the number of processes to the GPUs, and there is none; see launch/README.md"
+            )
+    return ["-m", "accelerate.commands.launch", "--config_file", str(launch), *count, script], int(world)
 
 
 def _band_numbers(text: str | None) -> list[int] | None:

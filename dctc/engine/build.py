@@ -19,6 +19,8 @@ from dctc.data.loaders import TrainingStream
 from dctc.data.order import LABELLED, UNLABELLED, Indices, Layout
 from dctc.engine.checkpoint import Checkpoints, Progress, latest, read_progress
 from dctc.engine.faults import occupy
+from dctc.engine.flops import peak_flops, round_flops
+from dctc.engine.meters import Compute
 from dctc.engine.parallel import Parallel
 from dctc.engine.precision import Precision, UnsupportedPrecision
 from dctc.engine.preempt import StopRequest
@@ -202,8 +204,27 @@ def prepare(
         progress=run.progress,
         stop=stop,
         watch=watch,
+        compute=_compute(config, dataset, parallel, method),
         profile=Profile(config.run.profiled(schedule.rounds), run.folder / "profile", parallel.rank),
     )
+
+
+def _compute(config: Config, dataset: Dataset, parallel: Parallel, method: Method) -> Compute | None:
+    """What MFU is made of, on a GPU (main rank). Counting takes a second or two."""
+    if parallel.device.type != "cuda" or not parallel.is_main:
+        return None
+    unlabelled = config.data.batch_unlabelled if method.uses_unlabelled else 0
+    try:
+        flops = round_flops(
+            config.method.name, _network_spec(config, dataset), config.method.options,
+            config.data.batch_labelled, unlabelled, dataset.manifest.tile_size,
+        )  # fmt: skip
+    except Exception as error:  # a method may compute what fake tensors cannot, and train all the same
+        _warn(True, f"the operations of a round cannot be counted ({type(error).__name__}: {error}): no perf/mfu")
+        return None
+    name = config.precision.dtype
+    assert name != "auto"
+    return Compute(flops, peak_flops(torch.cuda.get_device_name(parallel.device), name))
 
 
 def finish(trainer: Trainer, config: Config) -> None:

@@ -87,8 +87,8 @@ class Search:
         fastest = max(fitting, key=lambda trial: trial.tiles_per_s)
         lines = [
             (
-                f"largest micro-batch that fits on a rank: {most.labelled} labelled + {most.unlabelled} unlabelled tiles "
-                f"({most.memory_gib:.2f} GiB); {fastest.labelled} + {fastest.unlabelled} was the fastest "
+                f"largest micro-batch that fits on a rank: {most.labelled} labelled + {most.unlabelled} unlabelled "
+                f"tiles ({most.memory_gib:.2f} GiB); {fastest.labelled} + {fastest.unlabelled} was the fastest "
                 f"({fastest.tiles_per_s:.1f} tiles/s)"
             ),
             (

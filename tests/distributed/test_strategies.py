@@ -137,6 +137,7 @@ def test_a_strategy_equals_one_process(runs: Runs, strategy: str) -> None:
 
 
 @pytest.mark.matrix
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_matrix(runs: Runs, strategy: str) -> None:
     runs.of(strategy, CASES)  # one start for all of them
@@ -153,6 +154,7 @@ SOURCES = [Case("dctc", "sgd", 0.5, 1), Case("dctc", "adamw", None, 1)]
 
 
 @pytest.mark.matrix
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_goes_on_from_a_checkpoint_of_every_other(runs: Runs, strategy: str) -> None:
     """The last round from another strategy's checkpoint ends where that strategy's own last round ended.

@@ -1,4 +1,4 @@
-"""One rank of ``torchrun.sh``: ``dctc/train.py``, whose exit code is left in a file, because torchrun makes 1 of every code.
+"""One rank of ``torchrun.sh``: ``dctc/train.py``, whose exit code is left in a file, as torchrun makes 1 of every code.
 
 The file ``$DCTC_EXIT_CODES/RANK`` appears empty when the rank starts and holds the code once it ends by itself. A rank
 that is killed leaves it empty.
@@ -21,7 +21,6 @@ EXIT_PREEMPTED = 75
 def main() -> int:
     """Run the training script as it would run by itself; returns its exit code."""
     file = Path(os.environ["DCTC_EXIT_CODES"], os.environ["RANK"])
-    file.touch()
 
     def leave(*_: object) -> NoReturn:
         # Asked to stop while torch is still being imported: nothing has begun, so nothing is lost.
@@ -30,6 +29,7 @@ def main() -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, leave)  # until dctc installs its own
+    file.touch()
     sys.path[0] = str(ROOT)  # instead of this folder
     sys.argv[0] = str(ROOT / "dctc" / "train.py")
     try:

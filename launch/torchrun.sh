@@ -6,6 +6,7 @@
 #   NNODES           machines, default 1. With more than one, all of them need the dataset and the runs folder, and:
 #   NODE_RANK        which of them this is, from 0; default: SLURM's number
 #   MASTER_ADDR, MASTER_PORT   machine 0 and a port that is open on it, default 29500
+#   PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT   the same as Kubeflow's operators set them
 #   PYTHON           interpreter that has dctc, default python
 #   SHUTDOWN_TIMEOUT seconds from the signal to stop until ranks that are still there are killed, default 100
 # On CPU: ACCELERATE_USE_CPU=true NPROC_PER_NODE=2 launch/torchrun.sh CONFIG
@@ -17,17 +18,21 @@ python=${PYTHON:-python}
 refuse() { echo "error: $*" >&2 && exit 2; }
 
 (($#)) || refuse "usage: launch/torchrun.sh CONFIG [key=value ...]"
-nodes=${NNODES:-1}
+nodes=${NNODES:-${PET_NNODES:-1}}
 if [[ -z ${NPROC_PER_NODE:-} ]]; then
     NPROC_PER_NODE=$("$python" -c 'import torch; print(torch.cuda.device_count())')
     ((NPROC_PER_NODE)) || refuse "no GPU is visible here: set NPROC_PER_NODE, and ACCELERATE_USE_CPU=true to train on the CPU"
 fi
 if ((nodes > 1)); then
-    rendezvous=(--nnodes "$nodes" --node-rank "${NODE_RANK:-${SLURM_NODEID:?set NODE_RANK, from 0}}"
-        --master-addr "${MASTER_ADDR:?set MASTER_ADDR to the address of machine 0}" --master-port "${MASTER_PORT:-29500}")
+    rank=${NODE_RANK:-${PET_NODE_RANK:-${SLURM_NODEID:-}}}
+    address=${MASTER_ADDR:-${PET_MASTER_ADDR:-}}
+    [[ $rank ]] || refuse "NNODES is $nodes: set NODE_RANK, from 0"
+    [[ $address ]] || refuse "NNODES is $nodes: set MASTER_ADDR to the address of machine 0"
+    rendezvous=(--nnodes "$nodes" --node-rank "$rank"
+        --master-addr "$address" --master-port "${MASTER_PORT:-${PET_MASTER_PORT:-29500}}")
 else
     # A free port, so that several jobs can share a machine; the address spares a look-up of the host's name.
-    rendezvous=(--standalone --local-addr 127.0.0.1)
+    rendezvous=(--standalone --nnodes 1 --local-addr 127.0.0.1)
 fi
 . "$here/env.sh"
 
@@ -59,8 +64,9 @@ while kill -0 "$launcher" 2>/dev/null; do # a trap interrupts wait
 done
 
 codes=() # of the ranks that ended by themselves
+killed=
 for file in "$DCTC_EXIT_CODES"/*; do
-    if [[ -s $file ]]; then codes+=("$(<"$file")"); fi
+    if [[ -s $file ]]; then codes+=("$(<"$file")"); elif [[ -e $file ]]; then killed=1; fi
 done
 for code in "${codes[@]}"; do
     if ((code != 0 && code != 75)); then exit "$code"; fi
@@ -69,6 +75,6 @@ if ((${#codes[@]} == NPROC_PER_NODE)); then
     if [[ " ${codes[*]} " == *" 75 "* ]]; then exit 75; fi
     exit 0
 fi
-# A rank was killed, or did not begin. Nothing is lost where none began and the signal was the reason.
-if [[ -n $asked && -z $(ls -A "$DCTC_EXIT_CODES") ]]; then exit 75; fi
+# Some rank was killed, or did not begin. Where the signal came that early, nothing is lost.
+if [[ $asked && ! $killed ]]; then exit 75; fi
 exit $((status ? status : 1))

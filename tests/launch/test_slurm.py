@@ -73,7 +73,7 @@ class Cluster:
         self.environment = mine | {
             "PATH": f"{commands}:{scripts}:{os.environ['PATH']}",
             "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]",
-            "SLURM_JOB_ID": str(free_job()),
+            "SLURM_JOB_ID": str(free_job()), "TMPDIR": str(folder),
             "ACCELERATE_USE_CPU": "true", "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
 

@@ -43,17 +43,20 @@ trap 'rm -rf "$DCTC_EXIT_CODES"' EXIT
 
 asked=
 ask() {
-    if [[ -z $asked ]]; then # once is enough: torchrun does not wait for its ranks after a third signal
+    if [[ ! $asked ]]; then # once is enough, and torchrun does not wait for its ranks after a third signal
         asked=1
         kill -TERM "$launcher" 2>/dev/null || true
     fi
 }
 
-# Job control puts torchrun into a process group of its own, so that Ctrl-C reaches it once, through the trap.
+# Job control puts torchrun into a process group of its own, so that Ctrl-C reaches it once, through the trap. For the
+# same reason it leaves the other signals to this script: SLURM sends SIGUSR1 to every process of a step.
 set -m
-"$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC_PER_NODE" \
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGUSR1 --shutdown-timeout "${SHUTDOWN_TIMEOUT:-100}" \
-    "$here/rank.py" "$@" </dev/null &
+(
+    trap '' INT HUP USR1 # ignored also by the ranks, until they say what they do at them
+    exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC_PER_NODE" \
+        --signals-to-handle SIGTERM --shutdown-timeout "${SHUTDOWN_TIMEOUT:-100}" "$here/rank.py" "$@" </dev/null
+) &
 launcher=$!
 trap ask TERM INT HUP USR1
 status=0

@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.launch.weights import assert_same_weights, complete_checkpoints, folder_of
@@ -129,7 +130,9 @@ def test_told_that_its_time_is_up_it_saves_is_requeued_and_goes_on(
         assert job.poll() is None, job.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    job.send_signal(signal.SIGUSR1)
+    for _ in range(4):  # impatient
+        job.send_signal(signal.SIGUSR1)
+        time.sleep(0.05)
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 75, output
     assert "srun: codes [75, 75]" in output
@@ -153,22 +156,44 @@ def test_bad_arguments_are_not_tried_again(cluster: Cluster, tmp_path: Path, tin
     assert cluster.requeued == 0
 
 
-def fake_launcher(cluster: Cluster, code: int) -> None:
-    """Let the job start a launcher that only ends with a code."""
+def launcher(cluster: Cluster, text: str) -> None:
+    """Let the job start this instead of torchrun.sh."""
     (cluster.folder / "launch").mkdir(exist_ok=True)
     script = cluster.folder / "launch" / "torchrun.sh"
-    script.write_text(f"#!/bin/sh\nexit $(( SLURM_NODEID ? {code} : 1 ))\n")
+    script.write_text(f"#!/usr/bin/env bash\n{text}\n")
     script.chmod(0o755)
 
 
 def test_a_failure_is_tried_again_as_often_as_is_said(cluster: Cluster) -> None:
-    fake_launcher(cluster, 137)  # a node was lost: its launcher was killed, that of the other failed
+    # A node was lost: its launcher was killed, and that of the other failed.
+    launcher(cluster, "exit $(( SLURM_NODEID ? 137 : 1 ))")
     ends = []
     for _ in range(4):
         job = cluster.start("any.yaml", SLURM_SUBMIT_DIR=str(cluster.folder), DCTC_REQUEUES="2")
         job.communicate(timeout=60)
         ends.append((job.returncode, cluster.requeued))
     assert ends == [(137, 1), (137, 2), (137, 2), (137, 2)]
+
+
+@pytest.mark.parametrize(("told", "requeued"), [("USR1", 1), ("TERM", 0)])
+def test_who_cancels_a_job_does_not_get_it_back(cluster: Cluster, told: str, requeued: int) -> None:
+    """scancel sends SIGTERM to the launchers and the batch shell; all save and end with 75, as at SIGUSR1."""
+    launcher(
+        cluster, 'trap "exit 75" USR1 TERM; touch "up$SLURM_NODEID"; echo $$; for _ in {1..300}; do sleep 0.1; done'
+    )
+    job = cluster.start("any.yaml", SLURM_SUBMIT_DIR=str(cluster.folder))
+    deadline = time.monotonic() + 30
+    while len(list(cluster.folder.glob("up?"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    job.send_signal(getattr(signal, f"SIG{told}"))
+    if told == "TERM":
+        for process in psutil.Process(job.pid).children(recursive=True):
+            if "torchrun.sh" in " ".join(process.cmdline()) and "srun" not in " ".join(process.cmdline()):
+                process.send_signal(signal.SIGTERM)
+    output, _ = job.communicate(timeout=60)
+    assert job.returncode == 75, output
+    assert cluster.requeued == requeued
 
 
 def test_the_options_are_ones_that_sbatch_has() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from dctc.methods import Method, OptionError, build_method, inference
 from dctc.networks import NetworkSpec, UnknownNetwork
@@ -172,12 +172,12 @@ class Bundle:
         return cls(description, method, torch.device(device))
 
 
-def save_bundle(path: Path, description: Description, parts: Mapping[str, nn.Module]) -> None:
-    """Write a model file atomically. ``parts`` are unwrapped modules."""
+def save_bundle(path: Path, description: Description, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write a model file atomically. ``weights``: part -> state dict."""
     tensors = {
         f"{name}.{key}": tensor.detach().cpu().contiguous()
-        for name, module in parts.items()
-        for key, tensor in module.state_dict().items()
+        for name, state in weights.items()
+        for key, tensor in state.items()
     }
     data = save(tensors, {METADATA_KEY: description.to_json()})
     draft = path.with_name(f".{path.name}.tmp")

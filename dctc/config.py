@@ -120,6 +120,7 @@ class OptimizerConfig(_Section):
     momentum: Decay = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Positive | None = None
+    nonfinite: Literal["stop", "skip"] = "stop"  # an update with NaN or inf: end the run, or leave the update out
 
 
 class ScheduleConfig(_Section):
@@ -141,18 +142,35 @@ class ScheduleConfig(_Section):
         return 0.05 * self.epochs if self.warmup_epochs is None else self.warmup_epochs
 
 
-class PrecisionConfig(_Section):
-    """Arithmetic of the forward passes; losses and weights are float32 always."""
+def _dtype(value: Any) -> Any:
+    if value in ("fp8", "float8"):
+        raise ValueError("fp8 libraries convert nn.Linear alone, and these networks are convolutions: use bf16")
+    return value
 
-    dtype: Literal["fp32", "bf16"] = "fp32"
+
+class PrecisionConfig(_Section):
+    """Arithmetic of the forward passes; losses and weights are float32 always.
+
+    ``dtype: auto`` is bf16 on a GPU that has it, else fp32.
+    """
+
+    dtype: Annotated[Literal["auto", "fp32", "tf32", "bf16", "fp16"], BeforeValidator(_dtype)] = "auto"
     channels_last: bool = False
 
 
 class ParallelConfig(_Section):
-    """``auto`` is none for one process and ddp for several; anything else must be what was launched."""
+    """How the work is laid out on the devices; nothing here changes the result but by rounding.
 
-    strategy: Literal["auto", "none", "ddp"] = "auto"
+    ``strategy: auto`` is what the launch file says, else none for one process and ddp for several; anything else must
+    be what was launched.
+    """
+
+    strategy: Literal["auto", "none", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
     accumulation: Count = 1
+    activation_checkpointing: bool = False  # activations of a block are computed again in the backward pass
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"  # torch.compile, each part
+    offload: bool = False  # zero1-3: optimizer state, and at stage 3 parameters, in the host's memory
+    timeout: Annotated[float, Field(ge=10)] = 600.0  # seconds a collective call waits for a rank, after the first round
 
 
 class RunConfig(_Section):
@@ -170,6 +188,14 @@ class RunConfig(_Section):
     resume: str = "auto"  # auto, never or the path of a checkpoint
     pictures_every: Annotated[int, Field(ge=0)] | None = None
     log_every: Count = 10
+    profile: Annotated[str, Field(pattern=r"^\d+\.\.\d+$")] | None = None  # trace of rounds, as 10..12
+
+    def profiled(self, total: int) -> range | None:
+        """The rounds to trace, from 1 on, of a run of ``total``."""
+        if self.profile is None:
+            return None
+        first, last = map(int, self.profile.split(".."))
+        return range(max(1, first), min(last, total) + 1)
 
 
 class TrackingConfig(_Section):
@@ -218,9 +244,9 @@ class Config(_Section):
 
 # Settings that leave the weights as they are (up to rounding, for the layout). The dataset is compared by its digest.
 _FREE = (
-    "data.dataset", "data.on_damage", "data.workers", "data.prefetch", "data.cache", "parallel.", "run.output",
-    "run.experiment", "run.name", "run.checkpoint_every", "run.keep", "run.resume", "run.pictures_every",
-    "run.log_every", "tracking.", "evaluation.",
+    "data.dataset", "data.on_damage", "data.workers", "data.prefetch", "data.cache", "optimizer.nonfinite", "parallel.",
+    "run.output", "run.experiment", "run.name", "run.checkpoint_every", "run.keep", "run.resume", "run.pictures_every",
+    "run.log_every", "run.profile", "tracking.", "evaluation.",
 )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ if __name__ == "__main__" and sys.path[0] == str(Path(__file__).resolve().parent
 import warnings
 
 from dctc.config import Config, load_config
-from dctc.engine.build import finish, is_finished, locate, make_folder, prepare, resolve
+from dctc.engine.build import finish, is_finished, locate, make_folder, prepare, resolve, run_folder, settle
+from dctc.engine.faults import end_with_launcher, explained, occupy, show_input_error
 from dctc.engine.parallel import Parallel
 from dctc.engine.preempt import EXIT_PREEMPTED, StopRequest
 from dctc.tracking.start import send_late, start_tracking
@@ -25,17 +26,21 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
+    stop = StopRequest()
+    end_with_launcher()
     config = resolve(load_config(arguments[0], arguments[1:]))
     dataset = Dataset.open(config.data.dataset, config.data.cache_settings)
-    stop = StopRequest()
-    parallel = Parallel(config.parallel.strategy)
+    parallel = Parallel(config.parallel.strategy, config.parallel.timeout)
     try:
-        return _train(config, dataset, parallel, stop)
+        with explained(parallel, config):
+            return train(settle(config, parallel.device), dataset, parallel, stop)
     finally:
         parallel.close()  # a process that ends inside its group may abort, whatever it has to say
 
 
-def _train(config: Config, dataset: Dataset, parallel: Parallel, stop: StopRequest) -> int:
+def train(config: Config, dataset: Dataset, parallel: Parallel, stop: StopRequest) -> int:
+    """One run in processes that are up; returns the exit code."""
+    occupy(run_folder(config, dataset), parallel)  # before its checkpoints are looked at
     run = locate(config, dataset, parallel)
     if is_finished(config, run):
         if parallel.is_main:
@@ -43,13 +48,10 @@ def _train(config: Config, dataset: Dataset, parallel: Parallel, stop: StopReque
             send_late(run.folder)
         return 0
     make_trainer = prepare(config, dataset, parallel, run, stop)
-    if parallel.is_main:
-        make_folder(config, run)
+    make_folder(config, run, parallel)
     tracker = start_tracking(
-        config, dataset, run.folder, (run.experiment, run.name), parallel.strategy,
-        run_id=run.progress.tracking_id,
-        resumed_step=None if run.source is None else run.progress.rounds,
-        main_process=parallel.is_main,
+        config, dataset, run.folder, (run.experiment, run.name), parallel.strategy, run_id=run.progress.tracking_id,
+        resumed_step=None if run.source is None else run.progress.rounds, main_process=parallel.is_main,
     )  # fmt: skip
     status = "FAILED"
     try:
@@ -70,7 +72,7 @@ def command(arguments: list[str]) -> int:
     try:
         return main(arguments)
     except InputError as error:
-        print(f"error: {error.message}", file=sys.stderr)
+        show_input_error(error)
         return 2
 
 

@@ -8,15 +8,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import FileIO
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dctc.data.tiles import RawBatch
 from shards.errors import InputError
-from shards.manifest import Dataset
+
+if TYPE_CHECKING:  # so that copies to a device can be timed where nothing reads shards
+    from dctc.data.tiles import RawBatch
+    from shards.manifest import Dataset
 
 AHEAD = 256  # batches whose shards are fetched before they are asked for
 MOST_PINS = 64  # open files of one look-ahead; a usual limit of a process is 1024

@@ -173,6 +173,11 @@ class TrainingStream:
     def _sampler(self, rounds: range) -> RankBatchSampler:
         return RankBatchSampler(self.rows, self._order, self.batch, rounds, self.layout)
 
+    def keys(self, step: int) -> list[str]:
+        """The keys of this rank's tiles in round ``step`` (from 0), as they were meant before any stand-in."""
+        tiles = TileDataset(self.dataset, self.labels)
+        return [_key(tiles, row) for batch in self._sampler(range(step, step + 1)) for _, row in batch]
+
     def batches(self, rounds: range, device: torch.device) -> Iterator[list[DeviceBatch]]:
         """The micro-batches of each round of ``rounds``, on ``device``."""
         tiles = TileDataset(self.dataset, self.labels, self.rows if self.substitute else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,15 +11,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from torch import nn
 
 from dctc.bundle import Description
 from dctc.config import Config, MethodConfig, nearest
 from dctc.data.loaders import TrainingStream
 from dctc.data.order import LABELLED, UNLABELLED, Indices, Layout
 from dctc.engine.checkpoint import Checkpoints, Progress, latest, read_progress
+from dctc.engine.faults import occupy
 from dctc.engine.parallel import Parallel
-from dctc.engine.precision import Precision
+from dctc.engine.precision import Precision, UnsupportedPrecision
 from dctc.engine.preempt import StopRequest
+from dctc.engine.profile import Profile
+from dctc.engine.recompute import recompute_blocks
 from dctc.engine.schedule import Schedule
 from dctc.engine.trainer import Every, Tracker, Trainer
 from dctc.engine.update import OptimizerSpec, Updater
@@ -62,6 +66,18 @@ def resolve(config: Config) -> Config:
     return config.model_copy(update={"method": method})
 
 
+def run_folder(config: Config, dataset: Dataset) -> Path:
+    """Where the run lives."""
+    experiment, name = _names(config, dataset)
+    return config.run.output / experiment.replace("/", "_") / name.replace("/", "_")
+
+
+def _names(config: Config, dataset: Dataset) -> tuple[str, str]:
+    """Of the experiment and of the run."""
+    experiment = config.run.experiment or f"{dataset.manifest.name}-{dataset.manifest.protocol}"
+    return experiment, config.run.name or f"{config.method.name}-{config.data.labelled_share}-s{config.run.seed}"
+
+
 def locate(config: Config, dataset: Dataset, parallel: Parallel) -> Run:
     """Find the run's folder and its latest checkpoint; nothing is written.
 
@@ -71,9 +87,8 @@ def locate(config: Config, dataset: Dataset, parallel: Parallel) -> Run:
     Raises:
         InputError: a checkpoint of other data or settings (the keys are named), or ``never`` as above.
     """
-    experiment = config.run.experiment or f"{dataset.manifest.name}-{dataset.manifest.protocol}"
-    name = config.run.name or f"{config.method.name}-{config.data.labelled_share}-s{config.run.seed}"
-    folder = config.run.output / experiment.replace("/", "_") / name.replace("/", "_")
+    experiment, name = _names(config, dataset)
+    folder = run_folder(config, dataset)
     source = parallel.from_main(_resume_source(config.run.resume, folder))
     progress = Progress(dataset=dataset.digest, settings=config.result_settings())
     if source is not None:
@@ -93,15 +108,24 @@ def _resume_source(resume: str, folder: Path) -> Path | None:
     return None
 
 
-def make_folder(config: Config, run: Run) -> None:
-    """Make the run's folder with ``config.yaml`` in it; raises :class:`InputError` where that is not allowed."""
-    try:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        draft = run.folder / ".config.yaml"
-        draft.write_text(yaml.safe_dump(config.plain(), sort_keys=False))
-        draft.replace(run.folder / "config.yaml")
-    except OSError as error:
-        raise InputError(f"{run.folder}: cannot write the run's folder ({error.strerror}); set run.output") from None
+def make_folder(config: Config, run: Run, parallel: Parallel) -> None:
+    """Make the run's folder with ``config.yaml`` in it, and lock it. All ranks call it.
+
+    Raises:
+        InputError: that is not allowed, or another run is in it.
+    """
+    problem = None
+    if parallel.is_main:
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            draft = run.folder / ".config.yaml"
+            draft.write_text(yaml.safe_dump(config.plain(), sort_keys=False))
+            draft.replace(run.folder / "config.yaml")
+        except OSError as error:
+            problem = error.strerror
+    if (problem := parallel.from_main(problem)) is not None:
+        raise InputError(f"{run.folder}: cannot write the run's folder ({problem}); set run.output")
+    occupy(run.folder, parallel)
 
 
 def is_finished(config: Config, run: Run) -> bool:
@@ -126,23 +150,30 @@ def prepare(
     labelled_rows = index.labelled_rows(config.data.labelled_share)
     if not len(labelled_rows):
         raise InputError(f"{dataset.location}: no labelled training tile, and method {config.method.name} needs labels")
-    precision = Precision(config.precision.dtype, parallel.device, config.precision.channels_last)
+    precision = _precision(config, parallel.device)
+    _must_go_together(config, parallel.strategy)
     torch.manual_seed(config.run.seed)  # nothing else draws from a global generator
     method = _method(config, dataset, parallel)
-    for name, module in method.parts.items():
-        method.parts[name] = parallel.wrap(precision.lay_out(module))
-    updater = Updater(method.parts, _optimizer_spec(config), parallel, precision)
+    checkpoints = Checkpoints(run.folder / "checkpoints", config.run.keep, parallel)
+    if run.source is not None:
+        checkpoints.load_weights(run.source, method.parts)
+    _make_ready([precision.lay_out(module) for module in method.parts.values()], config)
+    updater = Updater(method.parts, _optimizer_spec(config), parallel, precision, config.parallel.offload)
+    method.parts.update(updater.modules)
     schedule = Schedule.plan(
         len(index.rows("train")), config.data.batch_labelled,
         config.schedule.epochs, config.schedule.warmup, config.schedule.rounds,
     )  # fmt: skip
-    checkpoints = Checkpoints(run.folder / "checkpoints", config.run.keep, parallel)
     if run.source is not None:
-        checkpoints.load(run.source, method.parts, updater.optimizers)
+        checkpoints.load_optimizers(run.source, updater.parts)
+        if precision.loss_scale is not None and run.progress.loss_scale is not None:
+            precision.loss_scale.value, since = run.progress.loss_scale
+            precision.loss_scale.since = int(since)
 
     unlabelled_rows = index.unlabelled_rows(config.data.labelled_share)
     watch = Watch(
         method=method,
+        parts=updater.parts,
         dataset=dataset,
         parallel=parallel,
         precision=precision,
@@ -155,6 +186,7 @@ def prepare(
         warn=partial(_warn, parallel.is_main),
         warn_from=schedule.rounds // 5,
         substitute=config.data.on_damage == "substitute",
+        compiled=config.parallel.compile != "none",
     )
     return partial(
         Trainer,
@@ -170,6 +202,7 @@ def prepare(
         progress=run.progress,
         stop=stop,
         watch=watch,
+        profile=Profile(config.run.profiled(schedule.rounds), run.folder / "profile", parallel.rank),
     )
 
 
@@ -178,7 +211,8 @@ def finish(trainer: Trainer, config: Config) -> None:
     progress, watch, tracker = trainer.progress, trainer.watch, trainer.tracker
     progress.tracking_id = tracker.run_id
     model = watch.save_model("model.safetensors", progress)
-    evaluation = watch.test() if config.evaluation.test else None
+    with trainer.parallel.own_errors():
+        evaluation = watch.test() if config.evaluation.test else None
     report = watch.report(progress, evaluation, config.evaluation.test, trainer.tiles_per_round)
     if not trainer.parallel.is_main:
         return
@@ -188,6 +222,53 @@ def finish(trainer: Trainer, config: Config) -> None:
     for file in (model, report, watch.folder / "config.yaml", *watch.folder.glob("test-*")):
         tracker.artifact(file)
     print(f"model {model}\nreport {report}")
+
+
+def settle(config: Config, device: torch.device) -> Config:
+    """The configuration with ``precision.dtype: auto`` as it is on this device."""
+    if config.precision.dtype != "auto":
+        return config
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = config.precision.model_copy(update={"dtype": "bf16" if has_bf16 else "fp32"})
+    return config.model_copy(update={"precision": precision})
+
+
+def _precision(config: Config, device: torch.device) -> Precision:
+    try:
+        return Precision(config.precision.dtype, device, config.precision.channels_last)
+    except UnsupportedPrecision as error:
+        raise InputError(f"key precision.dtype is {config.precision.dtype}: {error}") from None
+
+
+def _must_go_together(config: Config, strategy: str) -> None:
+    zero = strategy.startswith("zero")
+    if config.parallel.offload and not zero:
+        raise InputError(f"key parallel.offload: is DeepSpeed's (zero1, zero2, zero3), and the strategy is {strategy}")
+    if zero and config.precision.dtype == "fp16":
+        raise InputError(
+            f"key precision.dtype is fp16: {strategy} keeps one loss scale an engine, and an update here has one "
+            "backward pass through several engines: use bf16, or fsdp2"
+        )
+    if zero and config.optimizer.nonfinite == "skip":
+        raise InputError(
+            f"key optimizer.nonfinite is skip: an engine of {strategy} cannot leave out a step: use stop, or fsdp2"
+        )
+    if zero and config.parallel.compile != "none":
+        raise InputError(
+            f"key parallel.compile: is not offered with {strategy}: use none, ddp or fsdp2, or compile=none"
+        )
+
+
+def _make_ready(modules: Sequence[nn.Module], config: Config) -> None:
+    """Recompute and compile parts, in place: their state-dict keys stay, and wrappers go around them."""
+    if config.parallel.activation_checkpointing and not sum([recompute_blocks(module) for module in modules]):
+        raise InputError(
+            f"key parallel.activation_checkpointing: network {config.network.name} has no Block "
+            "(dctc.networks.block) that could be computed again"
+        )
+    if config.parallel.compile != "none":
+        for module in modules:
+            module.compile(mode=None if config.parallel.compile == "default" else config.parallel.compile)
 
 
 def _method(config: Config, dataset: Dataset, parallel: Parallel) -> Method:

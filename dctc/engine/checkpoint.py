@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,11 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.optim import Optimizer
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from dctc.engine.parallel import Parallel
+from dctc.engine.parts import Part
 from shards.errors import InputError
 
 PROGRESS = "progress.json"
@@ -49,6 +44,8 @@ class Progress:
         dataset: digest of the dataset's manifest.
         settings: the settings that decide the result.
         seconds: training time so far.
+        loss_scale: value and age of fp16's loss scale, None in other precisions.
+        skipped: updates left out because something was not finite.
     """
 
     rounds: int = 0
@@ -57,6 +54,8 @@ class Progress:
     dataset: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    loss_scale: list[float] | None = None
+    skipped: int = 0
 
     def must_match(self, dataset: str, settings: Mapping[str, Any], source: Path) -> None:
         """Refuse to go on with other data or settings; raises :class:`InputError` naming the keys."""
@@ -73,8 +72,15 @@ class Progress:
             )
 
 
+class CheckpointError(Exception):
+    """A checkpoint could not be written; the message says why, and which one is the last good one."""
+
+
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run. All ranks call every method.
+
+    A checkpoint is copied to the host's memory at once and written by a thread while training goes on; the next one
+    waits for it, so at most one is under way.
 
     Args:
         folder: ``RUN/checkpoints``.
@@ -85,57 +91,136 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
         self.parallel = parallel
+        self._under_way: tuple[Path, Future[None]] | None = None
 
-    def save(self, parts: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], progress: Progress) -> Path:
-        """Write one checkpoint; all ranks call it. Returns its folder."""
+    def save(self, parts: Mapping[str, Part], progress: Progress) -> Path:
+        """Begin to write a checkpoint; returns the folder that it will have. :meth:`wait` says whether it got it.
+
+        Raises:
+            CheckpointError: the one before could not be written. This one was not begun.
+        """
+        self.wait()
         final = self.folder / f"step-{progress.rounds:08d}"
-        if final.exists():  # the same run, the same round: the same state
-            self._publish(final)
+        if self.parallel.from_main(final.exists()):  # the same run, the same round: the same state
+            if self.parallel.is_main:
+                self._publish(final)
+            self.parallel.wait()
             return final
-        draft = final.with_suffix(".tmp")
-        if self.parallel.is_main:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        self.parallel.wait()
-        stepped = [name for name in parts if optimizers[name].state]
-        state = {**_tensors(parts, optimizers, stepped), "rng": _random_state()}
-        save(state, checkpoint_id=draft, no_dist=self.parallel.world == 1)
-        if self.parallel.is_main:
-            _write_synced(draft / PROGRESS, json.dumps(asdict(progress), indent=1))
-            _sync_folder(draft)
-            draft.rename(final)
-            _sync_folder(self.folder)
-        self._publish(final)
+        self._under_way = final, self._start(final, parts, progress)
         return final
+
+    def wait(self) -> None:
+        """Wait until what is under way is written.
+
+        Raises:
+            CheckpointError: it could not be, on any rank. Nothing of it is left.
+        """
+        if self._under_way is None:
+            return
+        (final, writing), self._under_way = self._under_way, None
+        error = writing.exception()
+        reasons = [reason for reason in self.parallel.gather(None if error is None else _reason(error)) if reason]
+        if not reasons:
+            return
+        if self.parallel.is_main:
+            shutil.rmtree(_draft(final), ignore_errors=True)
+        last = self.parallel.from_main(latest(self.folder))
+        raise CheckpointError(
+            f"{final}: this checkpoint could not be written ({reasons[0]}); the last good one is {last}"
+        )
+
+    def _start(self, final: Path, parts: Mapping[str, Part], progress: Progress) -> Future[None]:
+        draft = _draft(final)
+        problem = None
+        if self.parallel.is_main:
+            try:
+                for stale in self.folder.glob("step-*.tmp"):
+                    shutil.rmtree(stale)
+                draft.mkdir(parents=True)
+            except OSError as error:
+                problem = error
+        if problem := self.parallel.from_main(problem):
+            return _failed(problem)
+        state = {**{name: part.state() for name, part in parts.items()}, "rng": _random_state()}
+        record = json.dumps(asdict(progress), indent=1)
+        outcome: Future[None] = Future()
+
+        def complete_it(written: Future[Any]) -> None:
+            try:
+                written.result()
+                if self.parallel.is_main:
+                    self._complete(draft, final, record)
+                outcome.set_result(None)
+            except BaseException as error:  # torch's own exception for checkpoints is no Exception
+                outcome.set_exception(error)
+
+        alone = self.parallel.world == 1
+        writing = async_save(state, checkpoint_id=draft, process_group=self.parallel.storage, no_dist=alone)
+        assert isinstance(writing, Future)
+        writing.add_done_callback(complete_it)
+        return outcome
+
+    def _complete(self, draft: Path, final: Path, record: str) -> None:
+        """All ranks have written their files: give the checkpoint its record and its name (main rank)."""
+        _write_synced(draft / PROGRESS, record)
+        _sync_folder(draft)
+        draft.rename(final)
+        _sync_folder(self.folder)
+        self._publish(final)
 
     def _publish(self, final: Path) -> None:
         """Name the checkpoint in ``latest`` and let the oldest go, by the time of writing and never this one."""
-        if self.parallel.is_main:
-            _write_synced(self.folder / f".{LATEST}", final.name)
-            (self.folder / f".{LATEST}").replace(self.folder / LATEST)
-            others = sorted(set(complete(self.folder)) - {final}, key=lambda path: path.stat().st_mtime_ns)
-            for old in others[: max(0, len(others) - self.keep + 1)]:
-                shutil.rmtree(old)
-        self.parallel.wait()
+        _write_synced(self.folder / f".{LATEST}", final.name)
+        (self.folder / f".{LATEST}").replace(self.folder / LATEST)
+        others = sorted(set(complete(self.folder)) - {final}, key=lambda path: path.stat().st_mtime_ns)
+        for old in others[: max(0, len(others) - self.keep + 1)]:
+            shutil.rmtree(old)
 
-    def load(self, source: Path, parts: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]) -> None:
-        """Put the tensors of ``source`` into the parts and optimizers, and the generators' states back."""
+    def load_weights(self, source: Path, modules: Mapping[str, nn.Module]) -> None:
+        """Put the weights and buffers of ``source`` into modules that are not wrapped yet.
+
+        Raises:
+            InputError: the checkpoint cannot be read, or is one of another network.
+        """
+        state: dict[str, Any] = {name: {"model": module.state_dict()} for name, module in modules.items()}
+        self._read(source, lambda _: state)
+        for name, module in modules.items():
+            module.load_state_dict(state[name]["model"])
+
+    def load_optimizers(self, source: Path, parts: Mapping[str, Part]) -> None:
+        """Put the optimizer states of ``source`` into the parts, and the random generators' states back.
+
+        Raises:
+            InputError: the checkpoint cannot be read.
+        """
+        stepped: dict[str, Part] = {}
+
+        def template(sizes: dict[str, torch.Size]) -> dict[str, Any]:
+            stepped.update(
+                {n: part for n, part in parts.items() if any(path.startswith(f"{n}.optimizer.") for path in sizes)}
+            )
+            return {
+                "rng": _random_state(),
+                **{n: {"optimizer": p.optimizer_state(_below(f"{n}.optimizer.", sizes))} for n, p in stepped.items()},
+            }
+
+        state = self._read(source, template)
+        for name, part in stepped.items():
+            part.load_optimizer(state[name]["optimizer"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
+
+    def _read(self, source: Path, template: Callable[[dict[str, torch.Size]], dict[str, Any]]) -> dict[str, Any]:
         try:
-            keys = FileSystemReader(source).read_metadata().state_dict_metadata
-            stepped = [name for name in parts if any(key.startswith(f"{name}.optimizer.") for key in keys)]
-            state = {**_tensors(parts, optimizers, stepped), "rng": _random_state()}
+            found = FileSystemReader(source).read_metadata().state_dict_metadata
+            state = template({path: getattr(entry, "size", torch.Size()) for path, entry in found.items()})
             load(state, checkpoint_id=source, no_dist=self.parallel.world == 1)
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             raise InputError(
                 f"{source}: this checkpoint cannot be read ({_reason(error)}); remove it to use an older one"
             ) from error
-        for name, module in parts.items():
-            set_model_state_dict(module, state[name]["model"])
-            if name in stepped:
-                set_optimizer_state_dict(module, optimizers[name], state[name]["optimizer"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if "cuda" in state["rng"]:
-            torch.cuda.set_rng_state(state["rng"]["cuda"])
+        return state
 
 
 def latest(folder: Path) -> Path | None:
@@ -161,14 +246,18 @@ def read_progress(source: Path) -> Progress:
         raise InputError(f"{source}: not a complete checkpoint of this version ({error})") from None
 
 
-def _tensors(
-    parts: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer], stepped: Sequence[str]
-) -> dict[str, Any]:
-    """Weights of all parts, moments of those that have stepped: asking torch for the others' would step them."""
-    state: dict[str, Any] = {name: {"model": get_model_state_dict(module)} for name, module in parts.items()}
-    for name in stepped:
-        state[name]["optimizer"] = get_optimizer_state_dict(parts[name], optimizers[name])
-    return state
+def _draft(final: Path) -> Path:
+    return final.with_suffix(".tmp")
+
+
+def _failed(error: BaseException) -> Future[None]:
+    outcome: Future[None] = Future()
+    outcome.set_exception(error)
+    return outcome
+
+
+def _below(prefix: str, sizes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+    return {path.removeprefix(prefix): size for path, size in sizes.items() if path.startswith(prefix)}
 
 
 def _reason(error: BaseException) -> str:

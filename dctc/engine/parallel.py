@@ -1,47 +1,114 @@
-"""Ranks, devices and wrapped parts. Accelerate brings up the processes; each part gets its own wrapper.
-
-One wrapper a part, because an update steps some parts only: a composite module under DDP would need
-``find_unused_parameters`` and would still touch the idle decoder.
-"""
+"""Ranks, devices and strategies. Accelerate brings up the processes; each part gets its own wrapper (``parts``)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from dctc.engine import zero
+from dctc.engine.heartbeat import Heartbeat, Peer
+from dctc.engine.optimizer import OptimizerSpec
+from dctc.engine.parts import DistributedPart, Part, ShardedPart
+from dctc.engine.precision import Precision
 from shards.errors import InputError
 
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+ZERO = {f"zero{stage}": stage for stage in zero.STAGES}
+STRATEGIES = ("none", "ddp", "fsdp2", *ZERO)
+STARTING = 1800.0  # seconds that a collective call may take until the first round is over: compilation, slow disks
+# What accelerate's launcher says of a strategy. Its own wrapping is not used: it has one optimizer for everything.
+_FSDP, _DEEPSPEED, _DEEPSPEED_FILE = (
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE",
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher asked for.
+
+    Attributes:
+        strategy: fsdp2, zero1, zero2, zero3; None where it leaves that open.
+        source: the file or variable that said so.
+        zero: DeepSpeed's settings.
+    """
+
+    strategy: str | None = None
+    source: str = ""
+    zero: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> Launch:
+        """From the variables that ``accelerate launch`` sets.
+
+        Raises:
+            InputError: FSDP1, or a DeepSpeed file that cannot work.
+        """
+        if environment.get(_FSDP, "").lower() == "true":
+            if environment.get("FSDP_VERSION", "1") != "2":
+                raise InputError("the launch file asks for FSDP 1: write fsdp_version: 2, or use launch/fsdp2.yaml")
+            return cls("fsdp2", "the launch file")
+        if environment.get(_DEEPSPEED, "").lower() == "true":
+            file = environment.get(_DEEPSPEED_FILE, "")
+            if file not in ("", "none"):
+                settings = zero.read_settings(Path(file))
+                return cls(f"zero{settings['zero_optimization']['stage']}", file, settings)
+            stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+            if f"zero{stage}" not in ZERO:
+                raise InputError(f"the launch file asks for ZeRO stage {stage}: choose one of launch/zero1-3.yaml")
+            return cls(f"zero{stage}", "the launch file", zero.default_settings(int(stage)))
+        return cls()
 
 
 class Parallel:
     """The processes of a run, as they came up.
 
+    Args:
+        strategy: "auto" or one of :data:`STRATEGIES`; it must fit what was launched.
+        timeout: seconds after which a collective call that some rank does not join fails, from the second round on.
+
     Attributes:
-        strategy: "none" or "ddp".
+        strategy: one of :data:`STRATEGIES`.
         rank, world: of this process.
         device: where this rank computes.
+        hosts: the host of each rank.
+
+    Raises:
+        InputError: what was asked for and what came up differ.
     """
 
-    def __init__(self, strategy: str = "auto") -> None:
+    def __init__(self, strategy: str = "auto", timeout: float = STARTING) -> None:
+        launch = Launch.read(os.environ)
         # Autocast is ours: what a launch file or a user's default says of precision must not reach in here.
-        accelerator = Accelerator(mixed_precision="no")
+        with _without(_FSDP, _DEEPSPEED):
+            accelerator = Accelerator(
+                mixed_precision="no",
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=max(timeout, STARTING)))],
+            )
         self._accelerator = accelerator
+        self._timeout = timeout
+        self.heartbeat: Heartbeat | None = None
         try:
-            self._take(accelerator, strategy)
+            self._take(accelerator, strategy, launch)
         except InputError:
             self.close()
             raise
 
-    def _take(self, accelerator: Accelerator, strategy: str) -> None:
+    def _take(self, accelerator: Accelerator, strategy: str, launch: Launch) -> None:
         if accelerator.distributed_type not in PLAIN:
             raise InputError(
                 f"the launch file asks for {accelerator.distributed_type.value}, which parallel.strategy does not "
@@ -50,49 +117,40 @@ class Parallel:
         self.rank: int = accelerator.process_index
         self.world: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
-        self.strategy = self._agreed(strategy)
+        self.strategy = _agreed(strategy, launch, self.world)
+        self._zero_settings = launch.zero or (
+            zero.default_settings(ZERO[self.strategy]) if self.strategy in ZERO else {}
+        )
+        self.hosts = [socket.gethostname()]
+        self.control: dist.ProcessGroup | None = None
+        self.storage: dist.ProcessGroup | None = None
+        if self.world > 1:
+            timeout = timedelta(seconds=max(self._timeout, STARTING))
+            self.control = dist.new_group(backend="gloo", timeout=timeout)
+            self.storage = dist.new_group(backend="gloo", timeout=timeout)
+            peers = self.gather(Peer.this())
+            self.hosts = [peer.host for peer in peers]
+            self.heartbeat = Heartbeat(self.rank, peers)
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def _agreed(self, strategy: str) -> str:
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != self.world:
-            raise InputError(
-                f"{launched} processes were launched but accelerate made {self.world} rank(s), so they would train "
-                "apart: on a machine without GPUs set ACCELERATE_USE_CPU=true and use launch/cpu_pair.yaml"
-            )
-        came_up = "ddp" if self.world > 1 else "none"
-        if strategy not in ("auto", came_up):
-            raise InputError(
-                f"parallel.strategy is {strategy}, but {self.world} process(es) came up, which is {came_up}: "
-                "launch with the matching file of launch/, or leave parallel.strategy at auto"
-            )
-        return came_up
+    def part(self, module: nn.Module, spec: OptimizerSpec, precision: Precision, offload: bool = False) -> Part:
+        """The module on this rank's device, in the strategy's wrapper, with its own optimizer.
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """The module on this rank's device, in its own DDP wrapper when there are several ranks.
-
-        Buffers are not broadcast before each forward: :meth:`average_buffers` keeps them equal after each update.
+        Raises:
+            InputError: DeepSpeed is missing.
         """
         module = module.to(self.device)
-        if self.strategy == "none":
-            return module
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-
-    @contextmanager
-    def gradients_stay_local(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """No gradient exchange inside: for all micro-batches but the last."""
-        with ExitStack() as stack:
-            for module in modules:
-                if isinstance(module, DistributedDataParallel):
-                    stack.enter_context(module.no_sync())
-            yield
+        if self.strategy == "ddp":
+            return DistributedPart(module, spec, self.device)
+        if self.strategy == "fsdp2":
+            return ShardedPart(module, spec, init_device_mesh(self.device.type, (self.world,)))
+        if self.strategy in ZERO:
+            return zero.ZeroPart(module, spec, precision, self._zero_settings, offload)
+        return Part(module, spec)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of ``tensor`` over all ranks, in place."""
@@ -112,28 +170,88 @@ class Parallel:
                 buffer.copy_(mean)
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so. All ranks must ask."""
+        """Whether any rank says so. All ranks must ask. Between the hosts alone: no GPU waits for it."""
         if self.world == 1:
             return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+        box = torch.tensor(float(flag))
+        dist.all_reduce(box, group=self.control)
+        return bool(box.item())
 
     def from_main(self, value: Any) -> Any:
         """Rank 0's value of a picklable object, on every rank."""
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value of a picklable object, in the order of ranks, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def started(self) -> None:
+        """The first round is over: from now on a call that a rank does not join fails after the shorter timeout."""
+        if self.world > 1:
+            for group in (None, self.control, self.storage):
+                _set_pg_timeout(timedelta(seconds=self._timeout), group)
+
+    @contextmanager
+    def own_errors(self) -> Iterator[None]:
+        """Bad input met inside is this rank's own: other ranks read other tiles. It is told with the rank's name."""
+        try:
+            yield
+        except InputError as error:
+            if self.world > 1:
+                error.add_note(f"rank {self.rank} on {self.hosts[self.rank]}")
+            raise
 
     def wait(self) -> None:
         """A barrier."""
-        self._accelerator.wait_for_everyone()
+        if self.world > 1:
+            dist.barrier(group=self.control)
 
     def close(self) -> None:
         """Leave the process group."""
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
+            self.heartbeat = None
         self._accelerator.end_training()
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside its wrapper."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
+def _agreed(strategy: str, launch: Launch, world: int) -> str:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != world:
+        raise InputError(
+            f"{launched} processes were launched but accelerate made {world} rank(s), so they would train "
+            "apart: on a machine without GPUs set ACCELERATE_USE_CPU=true and use launch/cpu_pair.yaml"
+        )
+    if launch.strategy is not None:
+        if strategy not in ("auto", launch.strategy):
+            raise InputError(
+                f"parallel.strategy is {strategy}, but {launch.source} asks for {launch.strategy}: "
+                "launch with the matching file of launch/, or leave parallel.strategy at auto"
+            )
+        strategy = launch.strategy
+    came_up = "ddp" if world > 1 else "none"
+    if strategy == "auto":
+        return came_up
+    if (strategy == "none") != (world == 1):
+        raise InputError(
+            f"parallel.strategy is {strategy}, but {world} process(es) came up, which is {came_up}: "
+            "launch with the matching file of launch/, or leave parallel.strategy at auto"
+        )
+    return strategy
+
+
+@contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Environment variables hidden for a while."""
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dctc.bundle import Description, save_bundle
@@ -19,7 +20,8 @@ from dctc.data.loaders import DeviceBatch, Normaliser, evaluation_batches
 from dctc.data.order import Indices, Layout
 from dctc.data.tiles import RawBatch, TileDataset
 from dctc.engine.checkpoint import Progress
-from dctc.engine.parallel import Parallel, unwrapped
+from dctc.engine.parallel import Parallel
+from dctc.engine.parts import Part
 from dctc.engine.precision import Precision
 from dctc.evaluation.evaluate import Evaluation, evaluate_tiles
 from dctc.evaluation.pictures import draw_panels
@@ -36,17 +38,20 @@ DYING_FROM = 0.005  # ... and that share is at least this
 
 @dataclass
 class Watch:
-    """Reads a method, never trains it. All ranks call every method of it but the drawing.
+    """Reads a method, never trains it. All ranks call every method of it.
 
     Attributes:
+        parts: the method's parts as the strategy holds them.
         rows: index rows by purpose: "val", "test", "probe" (unlabelled), "labelled", "pictures".
         describe: what a model file of now says of itself.
         warn: shows one line to the user.
         warn_from: round from which a class may be called dying; an untrained net predicts few classes.
         substitute: another tile stands in for a damaged one where nothing is scored; scores always stop at damage.
+        compiled: the parts are compiled for the shapes of training.
     """
 
     method: Method
+    parts: Mapping[str, Part]
     dataset: Dataset
     parallel: Parallel
     precision: Precision
@@ -59,6 +64,7 @@ class Watch:
     warn: Callable[[str], None]
     warn_from: int
     substitute: bool = False
+    compiled: bool = False
     _label_shares: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
     _dying: set[tuple[str, str]] = field(default_factory=set)
 
@@ -78,8 +84,9 @@ class Watch:
     def save_model(self, name: str, progress: Progress) -> Path:
         """Write a self-describing model file into the run's folder (main rank)."""
         path = self.folder / name
+        weights = {name: part.weights() for name, part in self.parts.items()}
         if self.parallel.is_main:
-            save_bundle(path, self.describe(progress), {n: unwrapped(m) for n, m in self.method.parts.items()})
+            save_bundle(path, self.describe(progress), weights)
         return path
 
     def test(self) -> Evaluation | None:
@@ -123,13 +130,17 @@ class Watch:
 
     def draw(self, step: int) -> dict[str, Path]:
         """Image, label, every net's prediction and the headline's entropy for the same tiles each time (main rank)."""
-        if not self.parallel.is_main or not len(self.rows["pictures"]):
+        if not len(self.rows["pictures"]):
             return {}
         alone = Layout()
         batches = evaluation_batches(
             self.dataset, self.rows["pictures"], self.batch, alone, self._normaliser(), substitute=self.substitute
         )
-        with inference(*self.method.parts.values()):
+        with self._looking():
+            if not self.parallel.is_main:  # parts that are sharded need all ranks for each forward pass
+                for (images, _, _), _ in batches:
+                    self._logits(images)
+                return {}
             file = draw_panels(
                 self._logits,
                 batches,
@@ -142,7 +153,7 @@ class Watch:
     def _evaluate(
         self, rows: Indices, autocast: AbstractContextManager[object], substitute: bool = False
     ) -> Evaluation:
-        with inference(*self.method.parts.values()), autocast:
+        with self._looking(), autocast:
             return evaluate_tiles(
                 self._logits,
                 self._batches(rows, substitute),
@@ -151,6 +162,13 @@ class Watch:
                 self.parallel.sum,
                 self.method.temperature,
             )
+
+    @contextmanager
+    def _looking(self) -> Iterator[None]:
+        """Evaluation mode without gradients, and without compiling anything for shapes that training never sees."""
+        eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        with inference(*self.method.parts.values()), eager:
+            yield
 
     def _batches(self, rows: Indices, substitute: bool) -> Iterator[tuple[DeviceBatch, RawBatch]]:
         return evaluation_batches(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dctc.networks.block import Block
 from dctc.networks.channel_attention import ChannelAttention
 from dctc.networks.encoder_decoder import EncoderDecoder
 
@@ -44,7 +45,7 @@ def _groups(channels: int) -> int:
     )
 
 
-def _double_convolution(inputs: int, outputs: int, norm: str) -> nn.Sequential:
+def _double_convolution(inputs: int, outputs: int, norm: str) -> Block:
     layers: list[nn.Module] = []
     for channels in (inputs, outputs):
         layers += [
@@ -52,7 +53,7 @@ def _double_convolution(inputs: int, outputs: int, norm: str) -> nn.Sequential:
             make_norm(norm, outputs),
             nn.ReLU(inplace=True),
         ]
-    return nn.Sequential(*layers)
+    return Block(*layers)
 
 
 def stage_widths(width: int) -> list[int]:
@@ -118,7 +119,7 @@ class Decoder(nn.Module):
         for up, block, skip in zip(self.ups, self.blocks, reversed(features[:-1]), strict=True):
             current = block(torch.cat([skip, up(current)], dim=1))
         logits: Tensor = self.head(current)
-        return logits[..., : size[0], : size[1]]
+        return logits if logits.shape[-2:] == tuple(size) else logits[..., : size[0], : size[1]]
 
 
 class UNet(EncoderDecoder):

@@ -19,8 +19,8 @@ FILES = sorted(path.name for path in LAUNCH.glob("*.yaml"))
 
 # Keys that say how processes start. Everything else (precision, accumulation, clipping ...) belongs to configs/.
 PROCESS_KEYS = {
-    "compute_environment", "distributed_type", "gpu_ids", "machine_rank", "main_process_ip", "main_process_port",
-    "num_machines", "num_processes", "rdzv_backend", "same_network",
+    "compute_environment", "deepspeed_config", "distributed_type", "fsdp_config", "gpu_ids", "machine_rank",
+    "main_process_ip", "main_process_port", "num_machines", "num_processes", "rdzv_backend", "same_network",
 }  # fmt: skip
 
 RANKS = """

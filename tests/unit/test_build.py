@@ -8,9 +8,10 @@ from typing import cast
 
 import numpy as np
 import pytest
+import torch
 
 from dctc.config import load_config
-from dctc.engine.build import Run, locate, make_folder, prepare, resolve
+from dctc.engine.build import Run, locate, make_folder, prepare, resolve, settle
 from dctc.engine.parallel import Parallel
 from dctc.engine.preempt import StopRequest
 from dctc.engine.trainer import Tracker, Trainer
@@ -54,7 +55,7 @@ def written(dataset: Dataset, folder: Path) -> Path:
 
 
 def trainer(dataset: Dataset, folder: Path, *overrides: str) -> Trainer:
-    config = resolve(load_config(written(dataset, folder), overrides))
+    config = settle(resolve(load_config(written(dataset, folder), overrides)), torch.device("cpu"))
     run = located(dataset, folder, *overrides)
     nobody = cast(Tracker, SimpleNamespace())
     return prepare(config, dataset, Parallel(), run, cast(StopRequest, SimpleNamespace(received=None)))(nobody)
@@ -143,7 +144,7 @@ def test_the_folder_is_named_by_dataset_and_run(dataset: Dataset, tmp_path: Path
     assert (run.experiment, run.name) == (experiment, "dctc-1/4-s3")
     assert run.folder == tmp_path / "runs" / experiment / "dctc-1_4-s3"
     assert not run.folder.exists()
-    make_folder(load_config(written(dataset, tmp_path), ["data.labelled_share=0.25", "run.seed=3"]), run)
+    make_folder(load_config(written(dataset, tmp_path), ["data.labelled_share=0.25", "run.seed=3"]), run, Parallel())
     again = load_config(run.folder / "config.yaml")
     assert (
         again.data.labelled_share

@@ -50,10 +50,14 @@ def method_of(description: Description, seed: int = 0) -> Method:
     return method
 
 
+def weights(method: Method) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: module.state_dict() for name, module in method.parts.items()}
+
+
 def saved(folder: Path, description: Description = DESCRIPTION) -> tuple[Path, Method]:
     path = folder / "model.safetensors"
     method = method_of(description)
-    save_bundle(path, description, method.parts)
+    save_bundle(path, description, weights(method))
     return path, method
 
 
@@ -138,7 +142,7 @@ def test_channels_last_weights_are_saved(tmp_path: Path) -> None:
     method = method_of(DESCRIPTION)
     for module in method.parts.values():
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stub lacks it
-    save_bundle(tmp_path / "m.safetensors", DESCRIPTION, method.parts)
+    save_bundle(tmp_path / "m.safetensors", DESCRIPTION, weights(method))
     loaded = Bundle.load(tmp_path / "m.safetensors").method
     for name, module in method.parts.items():
         for key, value in module.state_dict().items():
@@ -151,7 +155,7 @@ def test_channels_last_weights_are_saved(tmp_path: Path) -> None:
 def test_writing_replaces_the_whole_file_and_leaves_no_draft(tmp_path: Path) -> None:
     path, _ = saved(tmp_path)
     before = path.read_bytes()
-    save_bundle(path, replace(DESCRIPTION, rounds=13), method_of(DESCRIPTION, seed=1).parts)
+    save_bundle(path, replace(DESCRIPTION, rounds=13), weights(method_of(DESCRIPTION, seed=1)))
     assert path.read_bytes() != before
     assert Bundle.load(path).description.rounds == 13
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
@@ -166,13 +170,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        save_bundle(path, replace(DESCRIPTION, rounds=13), method_of(DESCRIPTION, seed=1).parts)
+        save_bundle(path, replace(DESCRIPTION, rounds=13), weights(method_of(DESCRIPTION, seed=1)))
     assert path.read_bytes() == before
 
 
 def test_the_same_model_makes_the_same_bytes(tmp_path: Path) -> None:
     path, method = saved(tmp_path)
-    save_bundle(tmp_path / "again.safetensors", DESCRIPTION, method.parts)
+    save_bundle(tmp_path / "again.safetensors", DESCRIPTION, weights(method))
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
 
 

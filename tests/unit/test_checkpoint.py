@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from dctc.engine import checkpoint
-from dctc.engine.checkpoint import LATEST, PROGRESS, Checkpoints, Progress, complete, latest, read_progress
+from dctc.engine.checkpoint import (
+    LATEST,
+    PROGRESS,
+    CheckpointError,
+    Checkpoints,
+    Progress,
+    complete,
+    latest,
+    read_progress,
+)
 from dctc.engine.parallel import Parallel
 from dctc.engine.precision import Precision
 from dctc.engine.update import OptimizerSpec, Updater
@@ -49,11 +59,14 @@ class Session:
             self.progress.rounds += 1
 
     def save(self) -> Path:
-        return self.checkpoints.save(self.updater.parts, self.updater.optimizers, self.progress)
+        final = self.checkpoints.save(self.updater.parts, self.progress)
+        self.checkpoints.wait()
+        return final
 
     def load(self, source: Path) -> None:
         self.progress = read_progress(source)
-        self.checkpoints.load(source, self.updater.parts, self.updater.optimizers)
+        self.checkpoints.load_weights(source, {name: part.inner for name, part in self.updater.parts.items()})
+        self.checkpoints.load_optimizers(source, self.updater.parts)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor by name: parameters, buffers, moments, step counts."""
@@ -198,8 +211,8 @@ def test_without_a_usable_latest_the_one_of_most_rounds_counts(tmp_path: Path, c
     assert latest(tmp_path) == tmp_path / "step-00000002"
 
 
-@pytest.mark.parametrize("where", ["save", "_write_synced", "_sync_folder"])
-def test_an_interrupted_save_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+@pytest.mark.parametrize("where", ["async_save", "_write_synced", "_sync_folder", "_random_state"])
+def test_a_save_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     session = Session(tmp_path, method="supervised")
     session.train(1)
     saved, source = session.state(), session.save()
@@ -210,7 +223,7 @@ def test_an_interrupted_save_leaves_the_one_before(tmp_path: Path, monkeypatch: 
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, where, killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises((KeyboardInterrupt, CheckpointError)):
             session.save()
     assert complete(tmp_path) == [source]
     assert latest(tmp_path) == source
@@ -221,24 +234,57 @@ def test_an_interrupted_save_leaves_the_one_before(tmp_path: Path, monkeypatch: 
     assert names(tmp_path) == [LATEST, "step-00000001", "step-00000002"]
 
 
-def test_a_kill_while_the_tensors_are_written_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    session = Session(tmp_path, method="supervised")
+def test_what_is_saved_is_the_state_at_the_call_however_training_goes_on(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    session.train(1)
+    saved = session.state()
+    source = session.checkpoints.save(session.updater.parts, session.progress)
+    session.train(3)  # while it is written
+    session.checkpoints.wait()
+    other = Session(tmp_path, seed=1)
+    other.load(source)
+    assert other.progress.rounds == 1
+    assert_equal(other.state(), saved)
+
+
+def test_a_full_disk_says_which_checkpoint_is_good_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: the same system call fails."""
+    session = Session(tmp_path, method="supervised", width=8)
     session.train(1)
     source = session.save()
     session.train(1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(
+            CheckpointError, match=r"step-00000002.*could not be written.*last good one is.*step-00000001"
+        ):
+            session.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert names(tmp_path) == [LATEST, "step-00000001"]
+    assert latest(tmp_path) == source
+    session.save()
+    assert names(tmp_path) == [LATEST, "step-00000001", "step-00000002"]
 
-    def half(*arguments: Any, **keywords: Any) -> None:
-        save(*arguments, **keywords)
-        for path in Path(keywords["checkpoint_id"]).iterdir():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save", half)
-    with pytest.raises(KeyboardInterrupt):
-        session.save()
-    assert complete(tmp_path) == [source]
+def test_the_next_save_reports_a_failure_of_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(tmp_path, method="supervised")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_synced", full)
+        session.checkpoints.save(session.updater.parts, session.progress)
+        session.train(1)
+        with pytest.raises(CheckpointError, match="No space left on device"):
+            session.checkpoints.save(session.updater.parts, session.progress)
+    assert names(tmp_path) == []
+    session.save()
+    assert names(tmp_path) == [LATEST, "step-00000001"]
 
 
 # ---- what is refused

@@ -144,7 +144,9 @@ def test_the_resolved_configuration_loads_again(folder: Path) -> None:
         ("optimizer.lr=.nan", ("optimizer.lr", "nan")),
         ("optimizer.name=adagrad", ("optimizer.name", "'adagrad'", "'adam'")),
         ("optimizer.betas=[0.9]", ("optimizer.betas",)),
-        ("precision.dtype=fp8", ("precision.dtype", "'fp8'", "'bf16'")),
+        ("precision.dtype=fp64", ("precision.dtype", "'fp64'", "'bf16'")),
+        ("precision.dtype=fp8", ("precision.dtype", "'fp8'", "nn.Linear alone", "use bf16")),
+        ("run.profile=3..x", ("run.profile", "'3..x'")),
         ("parallel.accumulation=0", ("parallel.accumulation", "0")),
         ("data=3", ("key data is 3",)),
         ("method=dctc", ("key method is 'dctc'",)),
@@ -254,7 +256,7 @@ FREE = {
     "data.on_damage": "substitute", "run.output": "out", "run.experiment": "e", "run.name": "n",
     "run.checkpoint_every": 7, "run.keep": 5, "run.resume": "never", "run.pictures_every": 9, "run.log_every": 3,
     "tracking.enabled": False, "tracking.uri": "http://x", "evaluation.every": 4, "evaluation.batch": 2,
-    "evaluation.pictures": 1, "evaluation.test": False,
+    "evaluation.pictures": 1, "evaluation.test": False, "run.profile": "2..3", "optimizer.nonfinite": "skip",
 }  # fmt: skip
 DECIDING = {
     "data.labelled_share": "1/4", "data.batch_labelled": 8, "data.batch_unlabelled": 8, "data.augment": "flips",
@@ -265,7 +267,10 @@ DECIDING = {
     "schedule.epochs": 50, "schedule.rounds": 70, "schedule.warmup_epochs": 1, "precision.dtype": "bf16",
     "precision.channels_last": True, "run.seed": 1,
 }  # fmt: skip
-LAYOUT = {"parallel.strategy": "none", "parallel.accumulation": 2}  # may change between two sittings of one run
+LAYOUT = {
+    "parallel.strategy": "none", "parallel.accumulation": 2, "parallel.activation_checkpointing": True,
+    "parallel.compile": "default", "parallel.offload": True, "parallel.timeout": 60,
+}  # fmt: skip  # may change between two sittings of one run
 
 
 def changed(folder: Path, key: str, value: Any) -> set[str]:

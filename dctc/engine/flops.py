@@ -1,0 +1,108 @@
+"""Floating-point operations of a training round, and what a device could do at most: together the MFU.
+
+A multiplication and an addition count as two. As is usual for model FLOPs, only matrix products and convolutions are
+counted (normalisation, activations, losses and optimizers are memory-bound), and nothing that would be computed twice
+to save memory: MFU, not HFU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dctc.methods import Batch, Method, build_method
+from dctc.networks import NetworkSpec
+
+FAR_ALONG = 10**9  # a round after every start and ramp of a phase
+Dtype = Literal["fp32", "tf32", "bf16", "fp16"]
+
+
+def round_flops(
+    method_name: str,
+    spec: NetworkSpec,
+    options: Mapping[str, Any],
+    batch_labelled: int,
+    batch_unlabelled: int,
+    tile: int,
+    step: int = FAR_ALONG,
+) -> float:
+    """Operations of one round, pseudo labels included; nothing is computed and no memory is taken.
+
+    Fake tensors are the meta device in a CPU's clothes: autocast, which the losses switch off, does not know "meta".
+    A method that reads a value back from a tensor (``item``) cannot be counted; torch says so.
+
+    Args:
+        options: of the method, as in its YAML.
+        batch_labelled, batch_unlabelled: tiles of the round, over all ranks and micro-batches.
+        tile: height and width in pixels.
+        step: the round that is counted, from 0; a method may begin with fewer phases.
+    """
+    if spec.norm == "sync":  # the same operations, but refused outside CUDA
+        spec = replace(spec, norm="batch")
+    with FakeTensorMode():
+        method = build_method(method_name, spec, options)
+        labelled = _batch(spec, batch_labelled, tile, labels=True)
+        unlabelled = _batch(spec, batch_unlabelled, tile, labels=False)
+        with FlopCounterMode(display=False) as counter:
+            _run(method, labelled, unlabelled, step)
+    return float(counter.get_total_flops())
+
+
+def _batch(spec: NetworkSpec, count: int, tile: int, labels: bool) -> Batch:
+    shape = (count, tile, tile)
+    classes = torch.zeros(shape, dtype=torch.int64) if labels else None
+    return Batch(torch.zeros(count, spec.bands, tile, tile), torch.ones(shape, dtype=torch.bool), classes)
+
+
+def _run(method: Method, labelled: Batch, unlabelled: Batch, step: int) -> None:
+    """Forward and backward of each update as the engine runs them, without a step."""
+    for update in method.round([labelled], [unlabelled], step):
+        for micro in range(len(update.counts)):
+            torch.autograd.backward(update.sums(micro).sum())
+
+
+TERA = 1e12
+# Dense peaks of tensor cores in TFLOP/s with float32 accumulation, as PyTorch multiplies, and of float32 without TF32;
+# None where the device lacks the format. The name, less its maker and line, as torch.cuda.get_device_name has it.
+# Where NVIDIA prints figures "with sparsity" alone, as from Hopper on, half of them stand here.
+_PEAKS: tuple[tuple[str, float, float | None, float | None, float], ...] = (
+    # name, fp32, tf32, bf16, fp16
+    (r"A100-(SXM4|PCIE)-(40|80)GB|A100 80GB PCIe", 19.5, 156, 312, 312),  # A100 data sheet
+    (r"H100 PCIe", 51, 378, 756, 756),  # H100 data sheet of 2022: 756, 1513, 1513 sparse
+    (r"H100 NVL", 60, 417.5, 835.5, 835.5),  # H100 data sheet of 2024, one card: 835, 1671, 1671 sparse
+    (r"H100 \d+GB HBM3", 67, 494.7, 989.4, 989.4),  # H100 (SXM) data sheet and Hopper white paper: 989, 1979 sparse
+    (r"H200 NVL", 60, 417.5, 835.5, 835.5),  # H200 data sheet: 835, 1671, 1671 sparse
+    (r"H200", 67, 494.7, 989.4, 989.4),  # H200 (SXM) data sheet: 989, 1979, 1979 sparse
+    (r"B200", 75, 1125, 2250, 2250),  # HGX B200 page, an eighth of 600, and of 18, 36, 36 PFLOPS sparse
+    (r"L4", 30.3, 60, 121, 121),  # L4 data sheet: 120, 242, 242 sparse
+    (r"L40S", 91.6, 183, 362, 362),  # L40S data sheet
+    (r"A10", 31.2, 62.5, 125, 125),  # A10 data sheet
+    (r"A40", 37.4, 74.8, 149.7, 149.7),  # A40 data sheet
+    (r"RTX A6000", 38.7, 77.4, 154.8, 154.8),  # GA102 white paper, RTX A6000; its data sheet: 309.7 sparse
+    (r"RTX 3090", 35.6, 35.6, 71, 71),  # GA102 white paper, appendix A
+    (r"RTX 4090", 82.6, 82.6, 165.2, 165.2),  # Ada white paper, appendix A
+    (r"V100-SXM2-(16|32)GB", 15.7, None, None, 125),  # V100 data sheet
+    (r"V100-PCIE-(16|32)GB", 14, None, None, 112),  # V100 data sheet
+    (r"V100S-PCIE-32GB", 16.4, None, None, 130),  # V100 data sheet
+    (r"T4", 8.1, None, None, 65),  # T4 data sheet
+)
+
+
+def peak_flops(device_name: str, dtype: Dtype) -> float | None:
+    """The dense peak of a device in FLOP/s by the name that torch gives it; None when it is not known.
+
+    A slice of a GPU (MIG) and a relative of a listed one (A10G, 3090 Ti, a laptop's 4090) are not known: their peaks
+    are others.
+    """
+    name = re.sub(r"^(NVIDIA |Tesla |GeForce )*", "", device_name)
+    for pattern, fp32, tf32, bf16, fp16 in _PEAKS:
+        if re.fullmatch(pattern, name):
+            peak = {"fp32": fp32, "tf32": tf32, "bf16": bf16, "fp16": fp16}[dtype]
+            return None if peak is None else peak * TERA
+    return None

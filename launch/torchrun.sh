@@ -54,7 +54,9 @@ ask() {
 set -m
 (
     trap '' INT HUP USR1 # ignored also by the ranks, until they say what they do at them
-    exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC_PER_NODE" \
+    # When this script is killed, torchrun is asked to stop instead of training on without it.
+    if command -v setpriv >/dev/null; then start=(setpriv --pdeathsig TERM); else start=(); fi
+    exec "${start[@]}" "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC_PER_NODE" \
         --signals-to-handle SIGTERM --shutdown-timeout "${SHUTDOWN_TIMEOUT:-100}" "$here/rank.py" "$@" </dev/null
 ) &
 launcher=$!

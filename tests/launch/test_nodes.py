@@ -7,6 +7,7 @@ folders of datasets and runs, and the names of hosts, which nothing here may nee
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -149,7 +150,7 @@ def test_when_one_machine_is_lost_the_other_ends_and_both_go_on_later(
     assert nodes[lost].kill() >= 2, "a launcher and its rank"
     begin = time.monotonic()
     output, _ = processes[1 - lost].communicate(timeout=60)
-    print(f"the other one ended after {time.monotonic() - begin:.1f} s")
+    print(f"the other one ended after {time.monotonic() - begin:.1f} s:", re.findall("^error.*$", output, re.MULTILINE))
     assert processes[1 - lost].returncode not in (0, 75), output
     processes[lost].communicate(timeout=10)
     saved = complete_checkpoints(folder)

@@ -143,6 +143,20 @@ def test_bad_arguments_keep_their_code_and_a_killed_rank_is_a_failure(
 
 
 @pytest.mark.slow
+def test_when_the_script_is_killed_the_ranks_save_and_end(scripts: Path, tmp_path: Path, tiny_dataset: Path) -> None:
+    assert shutil.which("setpriv"), "part of util-linux, which every Linux with a shell has"
+    config = write_config(tmp_path / "left.yaml", tiny_dataset, schedule={"rounds": 200}, run={"checkpoint_every": 0})
+    process = start(scripts, config, TMPDIR=str(tmp_path))
+    wait_for(folder_of(config) / "metrics.jsonl", process)
+    others = psutil.Process(process.pid).children(recursive=True)
+    assert len(others) >= 3, "torchrun and two ranks"
+    process.kill()
+    process.communicate(timeout=60)
+    assert psutil.wait_procs(others, timeout=60)[1] == []
+    assert len(complete_checkpoints(folder_of(config))) == 1
+
+
+@pytest.mark.slow
 def test_asked_to_stop_before_anything_began_there_is_nothing_to_lose(
     scripts: Path, tmp_path: Path, tiny_dataset: Path
 ) -> None:

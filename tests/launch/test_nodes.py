@@ -1,7 +1,7 @@
-"""Two machines, as far as one can play them: two network namespaces, joined by a cable, with an address each.
+"""Two machines, as far as one can play them: namespaces of network, processes and host name, joined by a cable.
 
-Processes of one reach those of the other over that cable alone. They share the file system, as real machines share the
-folders of datasets and runs, and the names of hosts, which nothing here may need.
+Processes of one reach those of the other over that cable alone, and cannot see whether they live. They share the file
+system, as real machines share the folders of datasets and runs.
 """
 
 from __future__ import annotations
@@ -32,12 +32,16 @@ def ip(*words: str, check: bool = True) -> str:
     return done.stdout
 
 
+# What a command of a machine runs in: its own process numbers, host name and /etc/hosts.
+INSIDE = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'
+
+
 class Node:
     """One of the two machines."""
 
-    def __init__(self, name: str, cable: str, address: str, scripts: Path) -> None:
+    def __init__(self, name: str, cable: str, address: str, hosts: Path, scripts: Path) -> None:
         self.name, self.cable, self.address = name, cable, address
-        self.scripts = scripts
+        self.hosts, self.scripts = hosts, scripts
 
     def start(self, command: Sequence[object], **variables: str) -> subprocess.Popen[str]:
         """Start a command of the environment here."""
@@ -46,7 +50,8 @@ class Node:
             "PATH": f"{self.scripts}:{os.environ['PATH']}", "GLOO_SOCKET_IFNAME": self.cable,
             "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
         } | variables  # fmt: skip
-        words = ["ip", "netns", "exec", self.name, *map(str, command)]
+        apart = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-euc", INSIDE, "sh"]
+        words = ["ip", "netns", "exec", self.name, *apart, self.name, str(self.hosts), *map(str, command)]
         return subprocess.Popen(
             words, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -64,10 +69,10 @@ class Node:
 
 
 @pytest.fixture
-def nodes(scripts: Path) -> Iterator[tuple[Node, Node]]:
+def nodes(scripts: Path, tmp_path: Path) -> Iterator[tuple[Node, Node]]:
     """Two machines of 10.77.x.0/24; gone afterwards, with all that runs on them."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("making network namespaces needs root and iproute2")
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("unshare") is None:
+        pytest.skip("making namespaces needs root, iproute2 and util-linux")
     probe = f"dctc-{secrets.token_hex(3)}"
     made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, timeout=20, check=False)
     if made.returncode:
@@ -76,10 +81,12 @@ def nodes(scripts: Path) -> Iterator[tuple[Node, Node]]:
     mark, net = secrets.token_hex(3), secrets.randbelow(255)
     names = [f"dctc-{mark}-{side}" for side in "ab"]
     cables = [f"veth{mark}{side}" for side in "ab"]
-    pair = (
-        Node(names[0], cables[0], f"10.77.{net}.1", scripts),
-        Node(names[1], cables[1], f"10.77.{net}.2", scripts),
-    )
+    addresses = [f"10.77.{net}.{host}" for host in (1, 2)]
+    hosts = tmp_path / "hosts"
+    lines = [f"{address} {name}" for address, name in zip(addresses, names, strict=True)]
+    hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+    first, second = (Node(*place, hosts, scripts) for place in zip(names, cables, addresses, strict=True))
+    pair = (first, second)
     try:
         for name in names:
             ip("netns", "add", name)
@@ -152,6 +159,8 @@ def test_when_one_machine_is_lost_the_other_ends_and_both_go_on_later(
     output, _ = processes[1 - lost].communicate(timeout=60)
     print(f"the other one ended after {time.monotonic() - begin:.1f} s:", re.findall("^error.*$", output, re.MULTILINE))
     assert processes[1 - lost].returncode not in (0, 75), output
+    if lost == 1:  # rank 0 is there, and with it the meeting point over which signs of life are exchanged
+        assert re.search(rf"error: rank 0: rank 1 \(process \d+ on {nodes[1].name}\)", output), output
     processes[lost].communicate(timeout=10)
     saved = complete_checkpoints(folder)
     assert (folder / "checkpoints" / "latest").read_text() in saved

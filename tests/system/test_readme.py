@@ -237,7 +237,7 @@ def test_the_commands_of_a_section_work_in_their_order(section: str, work: Path)
         rule_of(command)(command, work)
 
 
-@pytest.mark.parametrize("page", ["README.md", "launch/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "launch/README.md", "docs/operations.md"])
 def test_what_a_page_points_at_exists(page: str) -> None:
     text = (ROOT / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]

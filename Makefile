@@ -20,7 +20,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types constraints clean clean-demo
+.PHONY: help demo test test-matrix lint types constraints clean clean-demo
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -53,6 +53,9 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/made
 
 test: $(VENV)/installed-dev ## the whole test suite
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-matrix: $(VENV)/installed-dev ## what takes longer: all strategies against one process, crashes by the dozen
+	@$(BIN)/python -m pytest -m matrix -n 1
 
 lint: $(VENV)/installed-dev ## style: ruff, and hadolint for the Dockerfile
 	@$(BIN)/ruff check .

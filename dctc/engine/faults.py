@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import signal
@@ -115,6 +116,9 @@ def explain(error: BaseException, parallel: Parallel, config: Config) -> str | N
     """
     if isinstance(error, CheckpointError | FloatingPointError):
         return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or config.run.output
+        return f"{where}: no space is left there: make room; the same command goes on from the latest checkpoint"
     if _out_of_memory(error):
         return _remedies(parallel, config)
     if parallel.world > 1 and any(word in str(error).lower() for word in _COLLECTIVE):

@@ -25,6 +25,7 @@ INTERVAL = 2.0  # seconds between two signs of life
 SILENCE = 20.0  # seconds without one after which a rank counts as gone
 GRACE = 20.0  # seconds that this rank's own error has to end it, once another one is gone
 LOST = "dctc/lost"
+STORE = "the store of the rendezvous"
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ class Heartbeat:
         self._store = PrefixStore("beats", _store())
         self._ended = threading.Event()
         self._lost: str | None = None
+        self._answered = time.monotonic()  # when the store last did
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch_store, name="store watch", daemon=True).start()
 
     def stop(self) -> None:
         """This rank ends in good order: it says so to the one that watches it."""
@@ -81,7 +84,7 @@ class Heartbeat:
     def verdict(self, wait: float = SILENCE + 2 * INTERVAL) -> str | None:
         """The rank that is gone, by number, host and process; None when all give signs of life after ``wait`` s."""
         deadline = time.monotonic() + wait
-        while self._lost is None and time.monotonic() < deadline and self._thread.is_alive():
+        while self._lost is None and time.monotonic() < deadline:
             if (gone := self._gone_from_this_host()) is not None:
                 return gone
             time.sleep(0.1)
@@ -102,9 +105,17 @@ class Heartbeat:
                     seen, changed = beat, time.monotonic()
                 elif time.monotonic() - changed > SILENCE:
                     self._store.set(LOST, f"{self._name(neighbour)} gives no sign of life any more")
+                self._answered = time.monotonic()
             self._store.set(f"dctc/beat/{self._rank}", "end")
         except (dist.DistError, RuntimeError):
-            return  # the store went with its host or launcher; what uses the ranks' own connections says more
+            # With the launcher alone the ranks may still save together; their own connections end them otherwise.
+            self._lost = f"{STORE}, on {os.environ['MASTER_ADDR']}, is gone, and rank 0's launcher or machine with it"
+
+    def _watch_store(self) -> None:
+        """A cable that is pulled closes no connection: the beating thread then waits in the store for ever."""
+        while not self._ended.wait(INTERVAL) and self._thread.is_alive():
+            if time.monotonic() - self._answered > SILENCE and self._lost is None:
+                self._end(f"{STORE}, on {os.environ['MASTER_ADDR']}, does not answer: the way to rank 0 is cut")
 
     def _end(self, lost: str) -> None:
         """Name the lost rank, leave the main thread time to end by its own error, then end."""

@@ -167,3 +167,23 @@ def test_when_one_machine_is_lost_the_other_ends_and_both_go_on_later(
     assert not (folder / "model.safetensors").exists(), "it was lost too late"
     finish(start(nodes, config))
     assert_same_weights(folder, uninterrupted)
+
+
+@pytest.mark.matrix
+def test_when_the_cable_is_pulled_both_machines_end_within_a_minute(
+    nodes: tuple[Node, Node], tmp_path: Path, tiny_dataset: Path
+) -> None:
+    """No connection is closed: only the silence tells, and the side without the meeting point hears nothing at all."""
+    config = write_config(tmp_path / "pulled.yaml", tiny_dataset, schedule={"rounds": 100_000})
+    processes = accelerate(nodes, config)
+    wait_for(folder_of(config) / "checkpoints" / "step-00000003", processes)
+    ip("-n", nodes[0].name, "link", "set", nodes[0].cable, "down")
+    begin = time.monotonic()
+    said = []
+    for process in processes:
+        output, _ = process.communicate(timeout=max(1.0, 75 - (time.monotonic() - begin)))
+        print(f"ended after {time.monotonic() - begin:.1f} s:", re.findall("^error.*$", output, re.MULTILINE))
+        assert process.returncode not in (0, 75), output
+        said.append(output)
+    assert re.search(rf"error: rank 1 \(process \d+ on {nodes[1].name}\) gives no sign of life", said[0]), said[0]
+    assert re.search(rf"error: the store of the rendezvous, on {nodes[0].address}, does not answer", said[1]), said[1]

@@ -153,7 +153,7 @@ def prepare(
     if not len(labelled_rows):
         raise InputError(f"{dataset.location}: no labelled training tile, and method {config.method.name} needs labels")
     precision = _precision(config, parallel.device)
-    _must_go_together(config, parallel.strategy)
+    must_go_together(config, parallel.strategy)
     torch.manual_seed(config.run.seed)  # nothing else draws from a global generator
     method = _method(config, dataset, parallel)
     checkpoints = Checkpoints(run.folder / "checkpoints", config.run.keep, parallel)
@@ -261,7 +261,8 @@ def _precision(config: Config, device: torch.device) -> Precision:
         raise InputError(f"key precision.dtype is {config.precision.dtype}: {error}") from None
 
 
-def _must_go_together(config: Config, strategy: str) -> None:
+def must_go_together(config: Config, strategy: str) -> None:
+    """Raises :class:`InputError` for settings that a strategy cannot have, naming the key."""
     zero = strategy.startswith("zero")
     if config.parallel.offload and not zero:
         raise InputError(f"key parallel.offload: is DeepSpeed's (zero1, zero2, zero3), and the strategy is {strategy}")

@@ -177,3 +177,68 @@ def test_each_goes_on_from_a_checkpoint_of_every_other(runs: Runs, strategy: str
         assert apart <= 1e-4, name
         if name.startswith(f"{strategy}-from-{strategy}"):
             assert apart == 0.0, f"{name}: the same strategy and ranks go on to the same bits"
+
+
+VARIANTS = [
+    ("zero2", "parallel.offload=true"),
+    ("zero3", "parallel.offload=true"),
+    ("zero3", "parallel.activation_checkpointing=true"),
+    ("fsdp2", "parallel.activation_checkpointing=true"),
+    ("ddp", "parallel.activation_checkpointing=true"),
+    ("fsdp2", "optimizer.nonfinite=skip"),
+]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("strategy", "variant"), VARIANTS)
+def test_what_only_saves_memory_or_looks_changes_nothing(runs: Runs, strategy: str, variant: str) -> None:
+    case = Case("dctc", "sgd", 0.5, 1)
+    (plain,) = runs.of(strategy, [case])
+    name = f"{strategy}-{variant.partition('=')[0]}"
+    runs.train(strategy, [f"{case.keys('x')} run.name={name} {variant}"])
+    assert distance(plain, runs.folder / name) <= 1e-7
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_lower_precision_is_the_same_in_every_strategy_that_has_it(runs: Runs, dtype: str) -> None:
+    """Gradients are exchanged in float32 by all of them; a lower precision there would show as 1e-3."""
+    case = Case("dctc", "sgd", None, 1)
+    strategies = ["ddp", "fsdp2", "zero3"] if dtype == "bf16" else ["ddp", "fsdp2"]
+    for strategy in strategies:
+        runs.train(strategy, [f"{case.keys('x')} run.name={dtype}-{strategy} precision.dtype={dtype}"])
+    for strategy in strategies[1:]:
+        assert distance(runs.folder / f"{dtype}-ddp", runs.folder / f"{dtype}-{strategy}") <= 1e-6
+    assert distance(runs.folder / f"{dtype}-ddp", *runs.of("ddp", [case])) > 1e-5, "it was no other precision"
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("strategy", ["none", "ddp", "fsdp2"])
+def test_compiled_parts_train_the_same(runs: Runs, strategy: str) -> None:
+    case = Case("supervised", "sgd", None, 1)
+    (eager,) = runs.of(strategy, [case])
+    runs.train(
+        strategy,
+        [f"{case.keys('x')} run.name=compiled-{strategy} parallel.compile=default evaluation.every=2"],
+    )
+    assert distance(eager, runs.folder / f"compiled-{strategy}") <= 1e-5
+
+
+# ---- what was asked for and what came up
+
+
+@pytest.mark.parametrize(
+    ("strategy", "keys", "words"),
+    [
+        ("fsdp2", "parallel.strategy=zero2", "parallel.strategy is zero2, but the launch file asks for fsdp2"),
+        ("zero1", "precision.dtype=fp16", "key precision.dtype is fp16: zero1 keeps one loss scale an engine"),
+    ],
+)
+def test_what_cannot_be_is_said_at_the_start_and_once(runs: Runs, strategy: str, keys: str, words: str) -> None:
+    done = run(
+        "accelerate", "launch", "--config_file", ROOT / "launch" / f"{file_of(strategy)}.yaml", "--num_processes", "2",
+        "dctc/train.py", runs.config, "run.name=wrong", keys, check=False, ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count(f"error: {words}") == 1, done.stderr
+    assert not (runs.folder / "wrong").exists()

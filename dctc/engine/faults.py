@@ -64,20 +64,29 @@ def _lock(path: Path) -> str | None:
         return None
     file = path.open("a+")
     deadline = time.monotonic() + LOCK_WAIT
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.2)
-                continue
-            file.seek(0)
-            return file.read().strip() or "another process"
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
-        _held[path] = file
-        return None
+    told = False
+    while not _locked(file):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        if time.monotonic() > deadline:
+            return holder
+        if not told:
+            print(f"{path.parent}: waiting up to {LOCK_WAIT:.0f} s for {holder} to end", flush=True)
+            told = True
+        time.sleep(0.2)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
+    _held[path] = file
+    return None
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

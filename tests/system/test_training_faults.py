@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,22 +12,54 @@ import pytest
 
 from dctc.data.loaders import Normaliser, evaluation_batches
 from dctc.data.order import Layout
-from dctc.engine.checkpoint import complete
+from dctc.data.tiles import TileDataset
+from dctc.engine.checkpoint import complete, latest, read_progress
 from dctc.train import command
 from shards.index import Index
 from shards.manifest import Dataset
 from tests.tiny import launch_arguments, start, write_config
 
 
-def test_a_loss_that_is_not_finite_leaves_no_checkpoint_to_go_on_from(tmp_path: Path, tiny_dataset: Path) -> None:
+def test_a_loss_that_is_not_finite_names_round_and_tiles_and_leaves_no_checkpoint_to_go_on_from(
+    tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Checkpoints come before the first log here: the check must not wait for the log."""
     optimizer = {"name": "sgd", "lr": 1e30}
     config = write_config(tmp_path / "wild.yaml", tiny_dataset, optimizer=optimizer, run={"log_every": 100})
-    with pytest.raises(FloatingPointError, match=r"is not finite on rank 0 \(its tiles: .*optimizer\.lr"):
+    with pytest.raises(SystemExit) as ended:
         command([str(config)])
+    assert ended.value.code == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    found = re.match(r"error: round (\d+): loss .* is not finite on rank 0 \(its tiles: labelled (.*); unl", last)
+    assert found is not None, last
+    assert "optimizer.lr" in last
     folder = tmp_path / "runs" / "synthetic-scene" / "wild"
-    assert len(complete(folder / "checkpoints")) < 6
+    assert len(complete(folder / "checkpoints")) == int(found[1]) - 1, "the rounds before it were sound"
     assert not (folder / "model.safetensors").exists()
+    named = found[2].split(", ")
+    dataset = Dataset.open(tiny_dataset)
+    index = Index.open(dataset)
+    keys = {TileDataset(dataset, labels=False).key(int(row)) for row in index.rows("train")}
+    assert len(named) == 4
+    assert set(named) <= keys
+
+
+def test_skipping_says_so_and_ends_when_nothing_is_learnt_any_more(
+    tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optimizer = {"name": "sgd", "lr": 1e30, "nonfinite": "skip"}
+    config = write_config(tmp_path / "skip.yaml", tiny_dataset, optimizer=optimizer, schedule={"rounds": 100})
+    with pytest.raises(SystemExit):
+        command([str(config)])
+    shown = capsys.readouterr()
+    assert re.search(r"warning: round \d+: loss .* is not finite on rank 0 .*; the update was skipped", shown.out)
+    assert re.search("error: 10[0-4] updates in a row were skipped", shown.err)
+    folder = tmp_path / "runs" / "synthetic-scene" / "skip"
+    newest = latest(folder / "checkpoints")
+    assert newest is not None
+    assert read_progress(newest).skipped > 0
+    logged = [json.loads(line)["values"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert logged[-1]["train/skipped_updates"] == 5, "all of a round"
 
 
 def test_loader_workers_end_with_a_trainer_that_is_killed(tmp_path: Path, tiny_dataset: Path) -> None:

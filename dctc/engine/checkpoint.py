@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -129,6 +130,14 @@ class Checkpoints:
             f"{final}: this checkpoint could not be written ({reasons[0]}); the last good one is {last}"
         )
 
+    def settle(self, seconds: float = 20.0) -> None:
+        """Give what is under way some time to be written, before this process ends by an error of its own.
+
+        No rank waits for another one here: each has a writing thread, and these meet without the main threads.
+        """
+        if self._under_way is not None:
+            futures.wait([self._under_way[1]], timeout=seconds)
+
     def _start(self, final: Path, parts: Mapping[str, Part], progress: Progress) -> Future[None]:
         draft = _draft(final)
         problem = None
@@ -199,8 +208,9 @@ class Checkpoints:
             stepped.update(
                 {n: part for n, part in parts.items() if any(path.startswith(f"{n}.optimizer.") for path in sizes)}
             )
+            random = {key: value for key, value in _random_state().items() if f"rng.{key}" in sizes}
             return {
-                "rng": _random_state(),
+                "rng": random,  # a checkpoint of a CPU has no GPU's
                 **{n: {"optimizer": p.optimizer_state(_below(f"{n}.optimizer.", sizes))} for n, p in stepped.items()},
             }
 
@@ -215,7 +225,8 @@ class Checkpoints:
         try:
             found = FileSystemReader(source).read_metadata().state_dict_metadata
             state = template({path: getattr(entry, "size", torch.Size()) for path, entry in found.items()})
-            load(state, checkpoint_id=source, no_dist=self.parallel.world == 1)
+            alone = self.parallel.world == 1
+            load(state, checkpoint_id=source, process_group=self.parallel.storage, no_dist=alone)
         except (Exception, CheckpointException) as error:  # the latter is no Exception
             raise InputError(
                 f"{source}: this checkpoint cannot be read ({_reason(error)}); remove it to use an older one"

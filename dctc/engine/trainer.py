@@ -127,6 +127,9 @@ class Trainer:
                     if self._save_when_due(meters, console):
                         return False
             return True
+        except Exception:
+            self.checkpoints.settle()
+            raise
         finally:
             console.close()
 

@@ -172,7 +172,8 @@ class ZeroPart(Part):
             entry |= {key: torch.zeros_like(flat) for key in keys}
             steps = [of["step"] for of in moments.values() if "step" in of]
             if steps:
-                entry["step"] = steps[0].clone()
+                fused = self._zero.param_groups[0].get("fused")  # whose kernels want it beside the moments
+                entry["step"] = steps[0].to(flat.device if fused else "cpu", copy=True)
         if self.stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in zip(self._names, self._plain.parameters(), strict=True):

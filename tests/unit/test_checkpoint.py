@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,34 @@ def test_the_next_save_reports_a_failure_of_the_one_before(tmp_path: Path, monke
     assert names(tmp_path) == []
     session.save()
     assert names(tmp_path) == [LATEST, "step-00000001"]
+
+
+def test_a_run_that_ends_by_an_error_lets_its_checkpoint_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(tmp_path, method="supervised")
+    written = checkpoint._write_synced
+
+    def slow(path: Path, text: str) -> None:
+        time.sleep(0.3)
+        written(path, text)
+
+    monkeypatch.setattr(checkpoint, "_write_synced", slow)
+    final = session.checkpoints.save(session.updater.parts, session.progress)
+    assert complete(tmp_path) == []
+    session.checkpoints.settle()
+    assert complete(tmp_path) == [final]
+
+
+def test_a_checkpoint_of_a_cpu_goes_on_where_there_is_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(tmp_path, method="supervised")
+    session.train(1)
+    saved, source = session.state(), session.save()
+    of_cpu = checkpoint._random_state
+    monkeypatch.setattr(checkpoint, "_random_state", lambda: of_cpu() | {"cuda": torch.zeros(16, dtype=torch.uint8)})
+    other = Session(tmp_path, seed=1, method="supervised")
+    other.load(source)
+    assert_equal(other.state(), saved)
 
 
 # ---- what is refused

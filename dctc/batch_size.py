@@ -10,11 +10,12 @@ import json
 import math
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dctc.config import Config, load_config
+from dctc.methods import parse_options
 from shards.errors import InputError
 from shards.manifest import Dataset
 
@@ -113,6 +114,11 @@ class Search:
         pairs = 2 if data.cutmix and (data.batch_labelled // divisor) % 2 else 1
         return data.batch_labelled // divisor * pairs, data.batch_unlabelled // divisor * pairs
 
+    def _all_phases(self) -> list[str]:
+        """Settings that make a phase which begins later begin at once: it takes memory, too."""
+        known = fields(parse_options(self.config.method.name, {}))
+        return [f"method.{f.name}=0" for f in known if f.name.endswith(("_start", "_ramp"))]
+
     def _most(self) -> int:
         data = self.config.data
         tiles = Dataset.open(data.dataset, data.cache_settings).manifest.splits["train"].tiles
@@ -126,7 +132,7 @@ class Search:
                 f"data.batch_labelled={labelled * self.world}", f"data.batch_unlabelled={unlabelled * self.world}",
                 "parallel.accumulation=1", f"schedule.rounds={ROUNDS}", f"run.output={folder}", "run.experiment=trial",
                 "run.name=trial", "run.log_every=1", "run.checkpoint_every=0", "run.pictures_every=0",
-                "tracking.enabled=false", "evaluation.test=false",
+                "tracking.enabled=false", "evaluation.test=false", *self._all_phases(),
             ]  # fmt: skip
             done = subprocess.run(
                 [*self.command, str(self.file), *settings], capture_output=True, text=True, check=False

@@ -30,12 +30,8 @@ def main(arguments: list[str]) -> int:
     end_with_launcher()
     config = resolve(load_config(arguments[0], arguments[1:]))
     dataset = Dataset.open(config.data.dataset, config.data.cache_settings)
-    parallel = Parallel(config.parallel.strategy, config.parallel.timeout)
-    try:
-        with explained(parallel, config):
-            return train(settle(config, parallel.device), dataset, parallel, stop)
-    finally:
-        parallel.close()  # a process that ends inside its group may abort, whatever it has to say
+    with Parallel(config.parallel.strategy, config.parallel.timeout) as parallel, explained(parallel, config):
+        return train(settle(config, parallel.device), dataset, parallel, stop)
 
 
 def train(config: Config, dataset: Dataset, parallel: Parallel, stop: StopRequest) -> int:

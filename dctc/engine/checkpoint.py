@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future
@@ -31,6 +32,7 @@ from shards.errors import InputError
 
 PROGRESS = "progress.json"
 LATEST = "latest"
+REMOVED = ".removed"  # ends the name of what is being removed
 _NAME = re.compile(r"step-\d{8}")
 
 
@@ -93,6 +95,7 @@ class Checkpoints:
         self.keep = keep
         self.parallel = parallel
         self._under_way: tuple[Path, Future[None]] | None = None
+        self._own: set[Path] = set()  # what this process wrote or goes on from
 
     def save(self, parts: Mapping[str, Part], progress: Progress) -> Path:
         """Begin to write a checkpoint; returns the folder that it will have. :meth:`wait` says whether it got it.
@@ -102,11 +105,12 @@ class Checkpoints:
         """
         self.wait()
         final = self.folder / f"step-{progress.rounds:08d}"
-        if self.parallel.from_main(final.exists()):  # the same run, the same round: the same state
+        if final in self._own and self.parallel.from_main(final.exists()):  # this very state
             if self.parallel.is_main:
                 self._publish(final)
             self.parallel.wait()
             return final
+        self._own.add(final)
         self._under_way = final, self._start(final, parts, progress)
         return final
 
@@ -123,6 +127,7 @@ class Checkpoints:
         reasons = [reason for reason in self.parallel.gather(None if error is None else _reason(error)) if reason]
         if not reasons:
             return
+        self._own.discard(final)
         if self.parallel.is_main:
             shutil.rmtree(_draft(final), ignore_errors=True)
         last = self.parallel.from_main(latest(self.folder))
@@ -173,6 +178,8 @@ class Checkpoints:
         """All ranks have written their files: give the checkpoint its record and its name (main rank)."""
         _write_synced(draft / PROGRESS, record)
         _sync_folder(draft)
+        if final.exists():  # of a training that went another way from an older checkpoint
+            final.rename(_aside(final))
         draft.rename(final)
         _sync_folder(self.folder)
         self._publish(final)
@@ -183,7 +190,9 @@ class Checkpoints:
         (self.folder / f".{LATEST}").replace(self.folder / LATEST)
         others = sorted(set(complete(self.folder)) - {final}, key=lambda path: path.stat().st_mtime_ns)
         for old in others[: max(0, len(others) - self.keep + 1)]:
-            shutil.rmtree(old)
+            old.rename(_aside(old))  # a folder of that name is complete until the end, also where removing it fails
+        for old in self.folder.glob(f"*{REMOVED}"):
+            shutil.rmtree(old, ignore_errors=True)
 
     def load_weights(self, source: Path, modules: Mapping[str, nn.Module]) -> None:
         """Put the weights and buffers of ``source`` into modules that are not wrapped yet.
@@ -202,6 +211,7 @@ class Checkpoints:
         Raises:
             InputError: the checkpoint cannot be read.
         """
+        self._own.add(self.folder / source.name if source.parent.resolve() == self.folder.resolve() else source)
         stepped: dict[str, Part] = {}
 
         def template(sizes: dict[str, torch.Size]) -> dict[str, Any]:
@@ -259,6 +269,10 @@ def read_progress(source: Path) -> Progress:
 
 def _draft(final: Path) -> Path:
     return final.with_suffix(".tmp")
+
+
+def _aside(final: Path) -> Path:
+    return final.with_suffix(f".{time.time_ns()}{REMOVED}")
 
 
 def _failed(error: BaseException) -> Future[None]:

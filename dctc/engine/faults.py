@@ -24,9 +24,10 @@ from dctc.engine.parallel import Parallel
 from shards.errors import InputError
 
 LOCK = ".lock"
-LOCK_WAIT = 30.0  # seconds that an earlier run in the same folder has to end: after a kill it saves a checkpoint first
+# Seconds that an earlier run in the same folder has to end. NFS keeps the lock of a dead machine for about 90.
+LOCK_WAIT = float(os.environ.get("DCTC_LOCK_WAIT", "120"))
 _PR_SET_PDEATHSIG = 1
-_COLLECTIVE = ("gloo", "nccl", "connection", "peer", "timed out", "timeout", "socket", "broken pipe")
+_COLLECTIVE = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out", "broken pipe")
 
 
 def end_with_launcher() -> None:
@@ -86,6 +87,10 @@ def _locked(file: IO[str]) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"warning: {file.name}: this file system has no locks, so nothing keeps a second run out", flush=True)
     return True
 
 
@@ -98,7 +103,8 @@ def explained(parallel: Parallel, config: Config) -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
+    except InputError as error:
+        show_input_error(error)  # now: leaving a group whose other ranks train on may take its time
         raise
     except Exception as error:
         told = explain(error, parallel, config)
@@ -111,8 +117,14 @@ def explained(parallel: Parallel, config: Config) -> Iterator[None]:
         raise SystemExit(1) from None
 
 
+_shown: list[InputError] = []
+
+
 def show_input_error(error: InputError) -> None:
-    """One line on stderr; what every rank of a machine found is said by the first of them."""
+    """One line on stderr, once; what every rank of a machine found is said by the first of them."""
+    if error in _shown:
+        return
+    _shown.append(error)
     found_by = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
     if found_by or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {found_by}{error.message}", file=sys.stderr)
@@ -130,7 +142,8 @@ def explain(error: BaseException, parallel: Parallel, config: Config) -> str | N
         return f"{where}: no space is left there: make room; the same command goes on from the latest checkpoint"
     if _out_of_memory(error):
         return _remedies(parallel, config)
-    if parallel.world > 1 and any(word in str(error).lower() for word in _COLLECTIVE):
+    collective = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _COLLECTIVE)
+    if parallel.world > 1 and collective:
         return lost_rank(parallel)
     return None
 
@@ -149,7 +162,8 @@ def lost_rank(parallel: Parallel) -> str:
 def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "out of memory", "alloc_failed")  # of the CPU; of CUDA and NCCL; of cuDNN, cuBLAS
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
 def _remedies(parallel: Parallel, config: Config) -> str:

@@ -67,7 +67,8 @@ class Heartbeat:
 
     def __init__(self, rank: int, peers: Sequence[Peer]) -> None:
         self._rank, self._peers = rank, list(peers)
-        self._store = PrefixStore("beats", _store())
+        # A launcher that starts its ranks again keeps its store, with what the last ones left there.
+        self._store = PrefixStore(f"beats/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _store())
         self._ended = threading.Event()
         self._lost: str | None = None
         self._answered = time.monotonic()  # when the store last did

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 
@@ -34,6 +35,7 @@ class OptimizerSpec:
         parameters = list(module.parameters())
         fused = parameters[0].is_cuda
         if self.name == "sgd":
+            fused = fused and not isinstance(parameters[0], DTensor)  # torch shards no fused SGD
             return SGD(parameters, self.lr, self.momentum, weight_decay=self.weight_decay, fused=fused)
         kind = AdamW if self.name == "adamw" else Adam
         return kind(parameters, self.lr, self.betas, self.eps, self.weight_decay, fused=fused)

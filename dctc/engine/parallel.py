@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
 from dctc.engine import zero
 from dctc.engine.heartbeat import Heartbeat, Peer
@@ -29,6 +31,7 @@ PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GP
 ZERO = {f"zero{stage}": stage for stage in zero.STAGES}
 STRATEGIES = ("none", "ddp", "fsdp2", *ZERO)
 STARTING = 1800.0  # seconds that a collective call may take until the first round is over: compilation, slow disks
+LEAVING = 5.0
 # What accelerate's launcher says of a strategy. Its own wrapping is not used: it has one optimizer for everything.
 _FSDP, _DEEPSPEED, _DEEPSPEED_FILE = (
     "ACCELERATE_USE_FSDP",
@@ -195,8 +198,8 @@ class Parallel:
 
     def started(self) -> None:
         """The first round is over: from now on a call that a rank does not join fails after the shorter timeout."""
-        if self.world > 1:
-            for group in (None, self.control, self.storage):
+        for group in _world.pg_map:  # DeepSpeed has some of its own
+            if group is not self.storage:  # a slow disk is no lost rank
                 _set_pg_timeout(timedelta(seconds=self._timeout), group)
 
     @contextmanager
@@ -214,12 +217,29 @@ class Parallel:
         if self.world > 1:
             dist.barrier(group=self.control)
 
-    def close(self) -> None:
-        """Leave the process group."""
+    def __enter__(self) -> Parallel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(in_order=kind is None)
+
+    def close(self, in_order: bool = True) -> None:
+        """Leave the process group: a process that ends inside it may abort, whatever it has to say.
+
+        After an error the others may be in a collective call that this rank will never join, and NCCL would wait for
+        them: then leaving has :data:`LEAVING` seconds.
+        """
         if self.heartbeat is not None:
             self.heartbeat.stop()
             self.heartbeat = None
-        self._accelerator.end_training()
+        if in_order:
+            self._accelerator.end_training()
+            return
+        leaving = threading.Thread(target=self._accelerator.end_training, daemon=True)
+        leaving.start()
+        leaving.join(timeout=LEAVING)
 
 
 def _agreed(strategy: str, launch: Launch, world: int) -> str:

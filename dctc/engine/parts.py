@@ -61,9 +61,19 @@ class Part:
         gradients = [_local(p.grad) for p in self.module.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, factor)
 
+    def is_finite(self) -> bool:
+        """Whether this rank's parameters and buffers are; it waits for the device."""
+        tensors = [_local(tensor.detach()) for tensor in (*self.inner.parameters(), *self.inner.buffers())]
+        floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+        return bool(torch.isfinite(torch.stack(torch._foreach_norm(floats))).all())
+
     def step(self, rate: float) -> None:
         """One optimizer step at ``rate`` times the learning rate."""
         step_at(self.optimizer, rate)
+
+    def full_precision(self) -> AbstractContextManager[None]:
+        """Around forward passes without autocast."""
+        return nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
         """Whole parameters and buffers on the CPU; all ranks call it, rank 0 gets them."""
@@ -124,10 +134,12 @@ class ShardedPart(Part):
 
     Every gather is undone right after the forward pass, also that of the whole part: pseudo-labels come from forward
     passes without a backward one, and what stayed gathered would miss the next optimizer step. There is no
-    mixed-precision policy: autocast casts the gathered weights, and gradients are reduced in float32.
+    mixed-precision policy: autocast casts the gathered weights, and gradients are reduced in float32. Weights are laid
+    out contiguously, which ``fully_shard`` demands; channels_last is then the images' layout alone.
     """
 
     def __init__(self, module: nn.Module, spec: OptimizerSpec, mesh: DeviceMesh) -> None:
+        module = module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # stub lacks it
         for block in module.modules():
             if isinstance(block, Block):
                 fully_shard(block, mesh=mesh, reshard_after_forward=True)
@@ -140,5 +152,5 @@ class ShardedPart(Part):
         return nullcontext()
 
 
-def _local(gradient: Tensor) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -158,7 +158,8 @@ class Trainer:
         last = stopping or progress.rounds == total
         if not last and not due(self.every.checkpoint, progress.rounds, total):
             return False
-        self._check(meters, console)  # what is not finite must not become the latest checkpoint
+        self._check(meters, console)
+        self._check_weights()  # what is not finite must not become the latest checkpoint
         progress.tracking_id = self.tracker.run_id
         scale = self.updater.precision.loss_scale
         progress.loss_scale = None if scale is None else [scale.value, scale.since]
@@ -230,6 +231,17 @@ class Trainer:
             f"round {first + 1}: {told}. Look at these tiles; lower optimizer.lr, set optimizer.clip, use "
             "precision.dtype=fp32, or leave such updates out with optimizer.nonfinite=skip"
         )
+
+    def _check_weights(self) -> None:
+        """Raise :class:`FloatingPointError` on all ranks where the last steps ruined a part, whatever the losses."""
+        bad = [name for name, part in self.updater.parts.items() if not part.is_finite()]
+        if self.parallel.any(bool(bad)):
+            names = sorted({name for names in self.parallel.gather(bad) for name in names})
+            raise FloatingPointError(
+                f"round {self.progress.rounds}: weights of {', '.join(names)} are not finite any more: lower "
+                "optimizer.lr, set optimizer.clip, or leave such updates out with optimizer.nonfinite=skip; the same "
+                "command goes on from the latest checkpoint, which is sound"
+            )
 
     def _report(self, step: int, terms: Sequence[str]) -> tuple[int, str]:
         tiles = "; ".join(

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -97,7 +97,10 @@ class Watch:
         if not len(self.rows["test"]):
             self.warn("the dataset has no labelled test tile: no final test")
             return None
-        evaluation = self._evaluate(self.rows["test"], nullcontext())
+        with ExitStack() as full_precision:
+            for part in self.parts.values():
+                full_precision.enter_context(part.full_precision())
+            evaluation = self._evaluate(self.rows["test"], nullcontext())
         if self.parallel.is_main:
             write_evaluation(self.folder, evaluation, "test")
         return evaluation

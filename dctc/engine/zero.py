@@ -121,6 +121,23 @@ class ZeroPart(Part):
         """See :class:`Part`; the engine clips."""
         step_at(_Steps(self._engine, self.optimizer), rate)  # type: ignore[arg-type]  # has what it needs of one
 
+    def is_finite(self) -> bool:
+        """See :class:`Part`."""
+        norms = torch._foreach_norm([flat.detach() for flat in self._flats()])
+        buffers = all(bool(b.isfinite().all()) for b in self._plain.buffers() if b.is_floating_point())
+        return buffers and bool(torch.isfinite(torch.stack(norms)).all())
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """See :class:`Part`: the engine has autocast of its own."""
+        settings = self._engine._config
+        before = settings.torch_autocast_enabled
+        settings.torch_autocast_enabled = False
+        try:
+            yield
+        finally:
+            settings.torch_autocast_enabled = before
+
     def weights(self) -> dict[str, Tensor]:
         """See :class:`Part`."""
         with self._gathered():

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from dctc.engine.checkpoint import complete, latest, read_progress
-from tests.tiny import SCRIPTS, launch, launch_arguments, start, write_config
+from tests.tiny import SCRIPTS, launch, launch_arguments, run, start, write_config
 
 KILLS = 25
 
@@ -182,7 +182,9 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path, tiny_dataset
     config = write_config(tmp_path / "both.yaml", tiny_dataset, schedule={"rounds": 5000})
     first = start(["dctc", "train", config], folder_of(config) / "checkpoints" / "latest")
     try:
-        second = launch(2, config, check=False)
+        arguments = [*launch_arguments(2), config]
+        second = run("accelerate", *arguments, check=False, ACCELERATE_USE_CPU="true", DCTC_LOCK_WAIT="1")
+        assert f"waiting up to 1 s for process {first.pid} on " in second.stdout
         assert second.returncode != 0
         assert second.stderr.count(f"error: {folder_of(config)}: process {first.pid} on ") == 1, "by one of both ranks"
     finally:

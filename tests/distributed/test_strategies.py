@@ -7,6 +7,7 @@ The matrix {none, ddp, fsdp2, zero1, zero2, zero3} x {accumulation 1, 4} x {clip
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,7 @@ class Runs:
         ]  # fmt: skip
         if missing:
             self.train(strategy, missing)
+        assert {json.loads((folder / "report.json").read_text())["strategy"] for folder in folders} == {strategy}
         return folders
 
 
@@ -187,6 +189,7 @@ VARIANTS = [
     ("ddp", "parallel.activation_checkpointing=true"),
     ("fsdp2", "optimizer.nonfinite=skip"),
 ]
+LAID_OUT = ["ddp", "fsdp2", "zero3"]
 
 
 @pytest.mark.matrix
@@ -197,6 +200,15 @@ def test_what_only_saves_memory_or_looks_changes_nothing(runs: Runs, strategy: s
     name = f"{strategy}-{variant.partition('=')[0]}"
     runs.train(strategy, [f"{case.keys('x')} run.name={name} {variant}"])
     assert distance(plain, runs.folder / name) <= 1e-7
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("strategy", LAID_OUT)
+def test_channels_last_trains_everywhere(runs: Runs, strategy: str) -> None:
+    case = Case("dctc", "sgd", 0.5, 1)
+    runs.train(strategy, [f"{case.keys('x')} run.name=last-{strategy} precision.channels_last=true"])
+    (plain,) = runs.of(strategy, [case])
+    assert distance(plain, runs.folder / f"last-{strategy}") <= 1e-4
 
 
 @pytest.mark.matrix

@@ -163,6 +163,48 @@ def test_saving_a_round_twice_keeps_the_first(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in session.save().iterdir()} == written
 
 
+def test_another_training_of_the_same_round_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    """From an older checkpoint with another strategy, or with updates skipped that ruined the first one."""
+    first = Session(tmp_path, method="supervised", keep=3)
+    for _ in range(2):
+        first.train(1)
+        source = first.save()
+    second = Session(tmp_path, seed=1, method="supervised", keep=3)
+    second.load(tmp_path / "step-00000001")
+    for parameter in second.method.parts["network"].parameters():
+        parameter.data.add_(0.5)
+    second.train(1)
+    assert second.save() == source
+    third = Session(tmp_path, seed=2, method="supervised")
+    third.load(source)
+    assert_equal(third.state(), second.state())
+    assert names(tmp_path) == [LATEST, "step-00000001", "step-00000002"]
+
+
+def test_what_cannot_be_removed_harms_nothing_and_counts_as_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a network file system somebody may still read the old one; or the process is killed in the middle."""
+    session = Session(tmp_path, keep=1, method="supervised")
+    session.train(1)
+    session.save()
+
+    def half(path: Path, ignore_errors: bool = False) -> None:
+        next(Path(path).iterdir()).unlink()
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", half)
+        session.train(1)
+        final = session.save()
+    assert complete(tmp_path) == [final]
+    assert latest(tmp_path) == final
+    session.train(1)
+    session.save()  # which removes what is left
+    assert names(tmp_path) == [LATEST, "step-00000003"]
+
+
 def test_going_back_to_an_older_checkpoint_keeps_what_is_saved_from_there(tmp_path: Path) -> None:
     """``run.resume=checkpoints/step-00000001`` while later ones exist: the new one is not the oldest to go."""
     session = Session(tmp_path, keep=2, method="supervised")

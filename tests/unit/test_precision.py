@@ -131,6 +131,15 @@ def test_skipping_changes_nothing_where_all_is_finite() -> None:
     assert differing(*states) == []
 
 
+def test_ruined_weights_are_seen_whatever_the_losses() -> None:
+    method = built("dctc", norm="batch")
+    engine = updater(method)
+    assert all(part.is_finite() for part in engine.parts.values())
+    next(iter(method.parts["s1"].parameters())).data.view(-1)[0] = float("inf")
+    next(b for b in method.parts["teacher"].buffers() if b.is_floating_point())[0] = float("nan")
+    assert [name for name, part in engine.parts.items() if not part.is_finite()] == ["teacher", "s1"]
+
+
 # ---- activation checkpointing
 
 

@@ -23,8 +23,9 @@ ROUNDS_OF_PARITY = 3
 
 @dataclass
 class Watched:
-    """Of one round: each term's loss, and the gradient of each part after each update."""
+    """Of one round: each term's loss, and the gradient of each part after each update; whether one overflowed."""
 
+    skipped: bool = False
     losses: dict[str, float] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
@@ -34,6 +35,7 @@ def watched_round(engine: Engine, pair: tuple[Batch, Batch]) -> Watched:
     found = Watched()
 
     def watch(update: Update, losses: Losses) -> None:
+        found.skipped |= losses.skipped
         found.losses |= dict(zip(losses.terms, losses.shares.tolist(), strict=True))
         for name in update.parts:
             gradients = [p.grad for p in engine.method.parts[name].parameters() if p.grad is not None]
@@ -93,12 +95,24 @@ class Comparison:
 
     def first_round(self, setting: Setting, exact: Watched) -> None:
         """Losses and gradients of one round."""
-        found = watched_round(self.engine(setting), self.pairs[0])
+        found = self._without_overflow(setting)
         errors = [f"{term} {abs(found.losses[term] / loss - 1):.1e}" for term, loss in exact.losses.items()]
         self.emit(f"{setting!s:22} relative error of the losses of round 1: {', '.join(errors)}")
         for key, gradient in exact.gradients.items():
             cosine = torch.nn.functional.cosine_similarity(gradient.double(), found.gradients[key].double(), dim=0)
             self.emit(f"{'':22} 1 - cosine of the gradients, {key:32} {1 - float(cosine):.1e}")
+
+    def _without_overflow(self, setting: Setting) -> Watched:
+        """A round at the first loss scale that does not overflow; only fp16 has one, and begins too high."""
+        scale: float | None = None
+        while True:
+            engine = self.engine(setting)
+            if engine.precision.loss_scale is not None and scale is not None:
+                engine.precision.loss_scale.value = scale
+            found = watched_round(engine, self.pairs[0])
+            if not found.skipped or engine.precision.loss_scale is None:
+                return found
+            scale = engine.precision.loss_scale.value
 
     def later_losses(self, setting: Setting, start: Tensor) -> None:
         """Losses at the end, and how far the weights have moved."""

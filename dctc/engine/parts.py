@@ -65,7 +65,7 @@ class Part:
         """Whether this rank's parameters and buffers are; it waits for the device."""
         tensors = [_local(tensor.detach()) for tensor in (*self.inner.parameters(), *self.inner.buffers())]
         floats = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-        return bool(torch.isfinite(torch.stack(torch._foreach_norm(floats))).all())
+        return bool(torch.isfinite(torch.stack(torch._foreach_norm(floats, float("inf")))).all())
 
     def step(self, rate: float) -> None:
         """One optimizer step at ``rate`` times the learning rate."""

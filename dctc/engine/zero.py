@@ -123,7 +123,7 @@ class ZeroPart(Part):
 
     def is_finite(self) -> bool:
         """See :class:`Part`."""
-        norms = torch._foreach_norm([flat.detach() for flat in self._flats()])
+        norms = torch._foreach_norm([flat.detach() for flat in self._flats()], float("inf"))
         buffers = all(bool(b.isfinite().all()) for b in self._plain.buffers() if b.is_floating_point())
         return buffers and bool(torch.isfinite(torch.stack(norms)).all())
 

@@ -151,7 +151,7 @@ def test_a_rank_that_dies_is_named_and_the_other_ends(tmp_path: Path, tiny_datas
     assert f"error: rank 0: rank 1 (process {dead.pid} on " in said.read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_a_rank_that_freezes_is_named_and_the_other_ends_within_a_minute(tmp_path: Path, tiny_dataset: Path) -> None:
     """Its connections stay open, so that only its silence tells."""
     config = write_config(tmp_path / "freezes.yaml", tiny_dataset, schedule={"rounds": 5000})

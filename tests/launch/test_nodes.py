@@ -144,7 +144,7 @@ def test_two_machines_train_as_two_processes_of_one(
     assert_same_weights(folder_of(config), uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize(("start", "lost"), [(accelerate, 1), (torchrun, 0)], ids=["accelerate", "torchrun"])
 def test_when_one_machine_is_lost_the_other_ends_and_both_go_on_later(
     start: Start, lost: int, nodes: tuple[Node, Node], tmp_path: Path, tiny_dataset: Path, uninterrupted: Path

@@ -29,6 +29,7 @@ from shards.errors import InputError
 
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 ZERO = {f"zero{stage}": stage for stage in zero.STAGES}
+SHARDING = ("fsdp2", *ZERO)
 STRATEGIES = ("none", "ddp", "fsdp2", *ZERO)
 STARTING = 1800.0  # seconds that a collective call may take until the first round is over: compilation, slow disks
 LEAVING = 5.0
@@ -149,6 +150,8 @@ class Parallel:
         module = module.to(self.device)
         if self.strategy == "ddp":
             return DistributedPart(module, spec, self.device)
+        if self.strategy in SHARDING:  # which needs contiguous weights: channels_last is the images' layout alone
+            module = module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # stub lacks it
         if self.strategy == "fsdp2":
             return ShardedPart(module, spec, init_device_mesh(self.device.type, (self.world,)))
         if self.strategy in ZERO:

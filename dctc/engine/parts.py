@@ -134,12 +134,9 @@ class ShardedPart(Part):
 
     Every gather is undone right after the forward pass, also that of the whole part: pseudo-labels come from forward
     passes without a backward one, and what stayed gathered would miss the next optimizer step. There is no
-    mixed-precision policy: autocast casts the gathered weights, and gradients are reduced in float32. Weights are laid
-    out contiguously, which ``fully_shard`` demands; channels_last is then the images' layout alone.
-    """
+    mixed-precision policy: autocast casts the gathered weights, and gradients are reduced in float32."""
 
     def __init__(self, module: nn.Module, spec: OptimizerSpec, mesh: DeviceMesh) -> None:
-        module = module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # stub lacks it
         for block in module.modules():
             if isinstance(block, Block):
                 fully_shard(block, mesh=mesh, reshard_after_forward=True)

@@ -12,23 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from dctc.engine.checkpoint import complete, latest, read_progress
 from tests.tiny import SCRIPTS, launch, launch_arguments, run, start, write_config
+from tests.weights import assert_same_weights, folder_of
 
 KILLS = 25
-
-
-def folder_of(config: Path) -> Path:
-    return config.parent / "runs" / "synthetic-scene" / config.stem
-
-
-def unequal(one: Path, other: Path) -> list[str]:
-    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert first.keys() == second.keys()
-    return [key for key in first if not torch.equal(first[key], second[key])]
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:
@@ -80,7 +69,7 @@ def test_25_kills_at_random_moments(tmp_path: Path, tiny_dataset: Path) -> None:
     assert kills == KILLS, "some sittings ended by themselves"
     assert drafts >= 5, "too few kills met a checkpoint being written"
     launch(2, config)
-    assert unequal(folder_of(config), folder_of(whole)) == []
+    assert_same_weights(folder_of(config), folder_of(whole))
     assert not list(checkpoints.glob("*.tmp"))
 
 
@@ -102,11 +91,11 @@ def test_two_processes_then_one_then_two_are_equal_to_the_bit(tmp_path: Path, ti
     step = folder_of(whole) / "checkpoints" / "step-00000002"
     single = write_config(tmp_path / "single.yaml", tiny_dataset, schedule=rounds, run={"keep": 9})
     launch(1, single, "parallel.accumulation=2", f"run.resume={step}")
-    assert unequal(folder_of(single), folder_of(whole)) == []
+    assert_same_weights(folder_of(single), folder_of(whole))
     step = folder_of(single) / "checkpoints" / "step-00000004"
     pair = write_config(tmp_path / "pair.yaml", tiny_dataset, schedule=rounds)
     launch(2, pair, f"run.resume={step}")
-    assert unequal(folder_of(pair), folder_of(whole)) == []
+    assert_same_weights(folder_of(pair), folder_of(whole))
 
 
 # ---- launchers and ranks
@@ -129,10 +118,8 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_with_a_checkpoint(
     assert read_progress(saved).rounds > 0
 
 
-@pytest.mark.slow
-def test_a_rank_that_dies_is_named_and_the_other_ends(tmp_path: Path, tiny_dataset: Path) -> None:
-    config = write_config(tmp_path / "dies.yaml", tiny_dataset, schedule={"rounds": 5000})
-    said = tmp_path / "said.txt"
+def pair_in_training(config: Path, said: Path) -> tuple[psutil.Popen, list[psutil.Process]]:
+    """A launcher whose output goes to ``said``, and its two ranks in their order, with a checkpoint behind them."""
     with said.open("w") as output:
         process = psutil.Popen(
             [SCRIPTS / "accelerate", *launch_arguments(2), config], stdout=output, stderr=output,
@@ -142,7 +129,15 @@ def test_a_rank_that_dies_is_named_and_the_other_ends(tmp_path: Path, tiny_datas
         assert process.poll() is None
         time.sleep(0.01)
     ranks = [child for child in process.children(recursive=True) if "dctc/train.py" in child.cmdline()]
-    dead = next(child for child in ranks if child.environ()["RANK"] == "1")
+    return process, sorted(ranks, key=lambda rank: rank.environ()["RANK"])
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_is_named_and_the_other_ends(tmp_path: Path, tiny_dataset: Path) -> None:
+    config = write_config(tmp_path / "dies.yaml", tiny_dataset, schedule={"rounds": 5000})
+    said = tmp_path / "said.txt"
+    process, ranks = pair_in_training(config, said)
+    dead = ranks[1]
     started = time.monotonic()
     dead.send_signal(signal.SIGKILL)
     assert not psutil.wait_procs(ranks, timeout=30)[1]
@@ -156,16 +151,8 @@ def test_a_rank_that_freezes_is_named_and_the_other_ends_within_a_minute(tmp_pat
     """Its connections stay open, so that only its silence tells."""
     config = write_config(tmp_path / "freezes.yaml", tiny_dataset, schedule={"rounds": 5000})
     said = tmp_path / "said.txt"
-    with said.open("w") as output:
-        process = psutil.Popen(
-            [SCRIPTS / "accelerate", *launch_arguments(2), config], stdout=output, stderr=output,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        )  # fmt: skip
-    while not (folder_of(config) / "checkpoints" / "latest").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    ranks = [child for child in process.children(recursive=True) if "dctc/train.py" in child.cmdline()]
-    frozen, other = sorted(ranks, key=lambda child: child.environ()["RANK"], reverse=True)
+    process, ranks = pair_in_training(config, said)
+    other, frozen = ranks
     frozen.suspend()
     try:
         other.wait(timeout=60)

@@ -7,22 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.tiny import interrupt, launch, launch_arguments, run, write_config
+from tests.weights import assert_same_weights, folder_of
 
 ROUNDS = {"rounds": 12}
-
-
-def folder_of(config: Path) -> Path:
-    return config.parent / "runs" / "synthetic-scene" / config.stem
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert first.keys() == second.keys()
-    assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
 def steps(folder: Path) -> list[int]:

@@ -189,7 +189,7 @@ VARIANTS = [
     ("ddp", "parallel.activation_checkpointing=true"),
     ("fsdp2", "optimizer.nonfinite=skip"),
 ]
-LAID_OUT = ["ddp", "fsdp2", "zero3"]
+LAID_OUT = ["ddp", "fsdp2", "zero2", "zero3"]
 
 
 @pytest.mark.matrix
@@ -199,7 +199,7 @@ def test_what_only_saves_memory_or_looks_changes_nothing(runs: Runs, strategy: s
     (plain,) = runs.of(strategy, [case])
     name = f"{strategy}-{variant.partition('=')[0]}"
     runs.train(strategy, [f"{case.keys('x')} run.name={name} {variant}"])
-    assert distance(plain, runs.folder / name) <= 1e-7
+    assert distance(plain, runs.folder / name) <= TOLERANCE
 
 
 @pytest.mark.matrix
@@ -221,7 +221,8 @@ def test_lower_precision_is_the_same_in_every_strategy_that_has_it(runs: Runs, d
         runs.train(strategy, [f"{case.keys('x')} run.name={dtype}-{strategy} precision.dtype={dtype}"])
     for strategy in strategies[1:]:
         assert distance(runs.folder / f"{dtype}-ddp", runs.folder / f"{dtype}-{strategy}") <= 1e-6
-    assert distance(runs.folder / f"{dtype}-ddp", *runs.of("ddp", [case])) > 1e-5, "it was no other precision"
+    lower, full = vectors(runs.folder / f"{dtype}-ddp"), vectors(*runs.of("ddp", [case]))
+    assert all((lower[part] - full[part]).norm() > 1e-5 * full[part].norm() for part in full), "no other precision"
 
 
 @pytest.mark.matrix

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.weights import folder_of
 from tests.tiny import launch, write_config
+from tests.weights import folder_of
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.weights import folder_of
 from tests.tiny import write_config
+from tests.weights import folder_of
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.weights import assert_same_weights, complete_checkpoints, folder_of
 from tests.tiny import ROOT, write_config
+from tests.weights import assert_same_weights, complete_checkpoints, folder_of
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.weights import assert_same_weights, complete_checkpoints, folder_of
 from tests.tiny import write_config
+from tests.weights import assert_same_weights, complete_checkpoints, folder_of
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 SCRIPT = LAUNCH / "torchrun.sh"

@@ -1,4 +1,4 @@
-"""The loops that `benchmarks.engine` compares: the round written out by hand, the trainer's, and peers' supervised step.
+"""The loops that `benchmarks.engine` compares: a round written out by hand, the trainer's, a supervised step of peers.
 
     python -m benchmarks.engine_loops {plain,trainer} CONFIG ROUNDS
 
@@ -261,7 +261,7 @@ def pair_speed(path: Path, strategy: str, *overrides: str) -> float:
         raise SystemExit(f"{strategy} failed:\n{done.stdout}\n{done.stderr}")
     lines = [json.loads(line)["values"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     speeds = [values["perf/rounds_per_s"] for values in lines if "perf/rounds_per_s" in values]
-    return statistics.median(speeds[min(2, len(speeds) - 1) :])
+    return float(statistics.median(speeds[min(2, len(speeds) - 1) :]))
 
 
 def resident(kind: str) -> float:

@@ -150,11 +150,14 @@ class TrainerLoop:
 
 
 class PlainLoop:
-    """The five updates of a round in plain PyTorch, as one would write them by hand."""
+    """The five updates of a round in plain PyTorch, as one would write them by hand.
 
-    def __init__(self, trainer: Trainer) -> None:
+    It has copies of the trainer's networks, or with ``own`` takes them over.
+    """
+
+    def __init__(self, trainer: Trainer, own: bool = False) -> None:
         self.schedule = trainer.schedule
-        nets = {name: deepcopy(module).train() for name, module in trainer.updater.modules.items()}
+        nets = {name: (net if own else deepcopy(net)).train() for name, net in trainer.updater.modules.items()}
         self.teacher, self.encoder, self.students = nets["teacher"], nets["encoder"], (nets["s1"], nets["s2"])
         self.optimizers = {net: Adam(net.parameters(), lr=LR) for net in nets.values()}
         self.seen: list[Losses] = []
@@ -279,7 +282,7 @@ def main(kind: str, config: str, rounds: int) -> None:
     batches = held_batches(trainer, 2)
     loop: TrainerLoop | PlainLoop = TrainerLoop(trainer)
     if kind == "plain":
-        loop = PlainLoop(trainer)
+        loop = PlainLoop(trainer, own=True)
         del trainer
     for step in range(rounds):
         loop(*batches[step % 2], step, step % LOG == LOG - 1 or step == rounds - 1)

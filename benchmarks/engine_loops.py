@@ -13,7 +13,8 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -28,12 +29,14 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from dctc.config import Config, load_config
+from dctc.data.loaders import DeviceBatch
 from dctc.engine.build import Run, locate, prepare, resolve, settle
 from dctc.engine.meters import Meters
 from dctc.engine.parallel import Parallel
 from dctc.engine.preempt import StopRequest
 from dctc.engine.trainer import Tracker, Trainer
 from dctc.methods.base import IGNORE, Batch
+from dctc.tracking.run import MlflowTracker
 from dctc.tracking.start import start_tracking
 from shards.manifest import Dataset
 from shards.pack import pack
@@ -207,6 +210,47 @@ class PlainLoop:
     def pseudo(logits: Tensor, batch: Batch) -> Tensor:
         """The likeliest class, ignored where the image has no data."""
         return torch.where(batch.valid, logits.argmax(dim=1), IGNORE)
+
+
+class Interleaved:
+    """The labelled stream of a trainer, that runs as many rounds of the plain loop after every :data:`LOG` rounds.
+
+    What the trainer left to its threads is waited for before that, on its account: nothing of it runs beside the plain
+    loop, and nothing that training could have hidden is hidden.
+
+    Attributes:
+        pairs: seconds of the trainer and of the plain loop for each :data:`LOG` rounds, one after the other.
+    """
+
+    def __init__(self, trainer: Trainer, plain: PlainLoop, batches: Sequence[tuple[Batch, Batch]]) -> None:
+        self._trainer, self._plain, self._batches, self._stream = trainer, plain, batches, trainer.labelled
+        self.pairs: list[tuple[float, float]] = []
+        self._started = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def batches(self, rounds: range, device: torch.device) -> Iterator[list[DeviceBatch]]:
+        """What the stream yields."""
+        source = self._stream.batches(rounds, device)
+        for step in rounds:
+            if step % LOG == 0:
+                self.measure(step)
+            yield next(source)
+
+    def measure(self, step: int) -> None:
+        """The end of a stretch of the trainer, and the same stretch of the plain loop."""
+        if step:
+            tracker = self._trainer.tracker
+            assert isinstance(tracker, MlflowTracker)
+            assert tracker.flush()
+            self._trainer.checkpoints.wait()
+            ours = time.perf_counter() - self._started
+            start = time.perf_counter()
+            for number in range(step - LOG, step):
+                self._plain(*self._batches[number % 2], step=number, log=number % LOG == LOG - 1)
+            self.pairs.append((ours, time.perf_counter() - start))
+        self._started = time.perf_counter()
 
 
 class SupervisedLoop:

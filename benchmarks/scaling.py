@@ -3,8 +3,8 @@
     python benchmarks/scaling.py [--out FILE]
 
 1. Latency and bandwidth of gloo between two processes of this machine, fitted to calls of several sizes.
-2. Rounds of two processes by each strategy, predicted and measured, for two widths. Nothing is fitted to them. Of each
-   the best of several runs (of its median rounds): other work on the machine only ever adds.
+2. Rounds of two processes by each strategy, predicted and measured, for two widths. Nothing is fitted to them. Calls,
+   rounds without any exchange and rounds of all strategies take turns in the same two processes.
 3. Rounds on 1 to 1,024 GPUs, predicted from assumed numbers (:data:`H100`). None of these is a measurement.
 
 What the model knows of the engine stands in :func:`traffic` and :func:`memory`; docs/scaling.md derives it.
@@ -13,18 +13,19 @@ What the model knows of the engine stands in :func:`traffic` and :func:`memory`;
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
 import platform
+import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ from torch.multiprocessing.spawn import spawn
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 FLOAT, MEBI, BUCKET = 4, 2**20, 50 * 2**20  # bytes of a number; elements of a DeepSpeed bucket
 UPDATES, ENCODER_UPDATES = 5, 4
-ROOT = Path(__file__).resolve().parents[1]
+SIZES = [4**power * 1024 for power in range(1, 8)]  # bytes of calls
 
 
 @dataclass(frozen=True)
@@ -299,98 +300,114 @@ def unet(width: int, side: int) -> Parts:
     return Parts(parts[0], parts[1], parts[2], flops[0], flops[1], flops[2], norm_layers=layers)
 
 
-def _calls(rank: int, place: str, sizes: Sequence[int], out: str) -> None:
-    """One of two processes: seconds of calls of each kind and size, into a file."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{place}", timedelta(seconds=120), rank=rank, world_size=2)
-    found: dict[str, list[tuple[float, float]]] = {}
-    for size in sizes:
-        whole, half = torch.ones(size // FLOAT), torch.ones(size // FLOAT // 2)
-        tasks: dict[str, Callable[[], object]] = {
-            "all_reduce": partial(dist.all_reduce, whole),
-            "all_gather": partial(dist.all_gather_into_tensor, whole, half),
-            "reduce_scatter": partial(dist.reduce_scatter_tensor, half, whole),
-        }
-        for kind, task in tasks.items():
-            times = []
-            for _ in range(25):
-                dist.barrier()
-                start = time.perf_counter()
-                task()
-                times.append(time.perf_counter() - start)
-            found.setdefault(kind, []).append((moved(Call(kind, size, 1), 2), statistics.median(times[5:])))
+class Turns:
+    """One of two processes, which runs everything in turn, so that other work on the machine meets all of it alike.
+
+    Attributes:
+        seconds: name -> seconds of each turn, of the slower rank.
+    """
+
+    def __init__(self, width: int, sides: int, tiles: int) -> None:
+        from dctc.engine import zero
+        from dctc.engine.parallel import ZERO, Parallel
+        from dctc.engine.precision import Precision
+        from dctc.engine.update import OptimizerSpec, Updater
+        from dctc.methods import build_method
+        from dctc.methods.base import Batch
+        from dctc.networks import NetworkSpec
+
+        torch.set_num_threads(1)
+        self.group = Parallel("ddp")
+        self.seconds: dict[str, list[float]] = {}
+        images, valid = torch.randn(tiles, 3, sides, sides), torch.ones(tiles, sides, sides, dtype=torch.bool)
+        self.batches = [Batch(images, valid, torch.randint(6, (tiles, sides, sides)))], [Batch(images, valid)]
+        self.precision = Precision("fp32", self.group.device)
+        self.loops: dict[str, tuple[Any, Updater]] = {}
+        for name in ("none", *STRATEGIES):
+            parallel = copy.copy(self.group)
+            parallel.strategy = name
+            if name == "none":
+                parallel.world = 1
+            if name in ZERO:
+                parallel._zero_settings = zero.default_settings(ZERO[name])
+            torch.manual_seed(0)
+            method = build_method("dctc", NetworkSpec(3, 6, "unet", width), {})
+            updater = Updater(method.parts, OptimizerSpec(), parallel, self.precision)
+            method.parts.update(updater.modules)
+            self.loops[name] = method, updater
+        self.calls: dict[str, Callable[[], object]] = {}
+        for size in SIZES:
+            whole, half = torch.ones(size // FLOAT), torch.ones(size // FLOAT // 2)
+            self.calls[f"all_reduce {size}"] = partial(dist.all_reduce, whole)
+            self.calls[f"all_gather {size}"] = partial(dist.all_gather_into_tensor, whole, half)
+            self.calls[f"reduce_scatter {size}"] = partial(dist.reduce_scatter_tensor, half, whole)
+
+    def timed(self, name: str, task: Callable[[], object]) -> None:
+        """Run a task on both ranks at once and keep the time of the slower one."""
+        self.group.wait()
+        start = time.perf_counter()
+        task()
+        self.seconds.setdefault(name, []).append(max(self.group.gather(time.perf_counter() - start)))
+
+    def round(self, name: str) -> None:
+        """The updates of a round, as the trainer runs them."""
+        method, updater = self.loops[name]
+        for update in method.round(*self.batches, 0):
+            updater(update)
+
+    def steps(self) -> None:
+        """The optimizers' steps of a round."""
+        parts = self.loops["none"][1].parts
+        for name in ("teacher", *("encoder", "s1", "encoder", "s2") * 2):
+            parts[name].step(1e-6)
+
+    def run(self, turns: int) -> dict[str, float]:
+        """Medians, without the first turns."""
+        for _ in range(turns + 2):
+            for name in self.loops:
+                self.timed(name, partial(self.round, name))
+            self.timed("steps", self.steps)
+            for name, call in self.calls.items():
+                for _ in range(5):
+                    self.timed(name, call)
+        return {name: statistics.median(found[len(found) // (turns + 2) * 2 :]) for name, found in self.seconds.items()}
+
+
+def turns(rank: int, port: int, width: int, number: int, out: str) -> None:
+    """The two processes of :class:`Turns`; rank 0 writes the medians."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    warnings.filterwarnings("ignore")
+    both = Turns(width, 64, 2)
+    found = both.run(number)
     if rank == 0:
         Path(out).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    both.group.close()
 
 
-def gloo(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """(bytes that a rank sends, seconds) of each kind of call between two processes."""
-    sizes = [4**power * 1024 for power in range(1, 8)]
-    out = folder / "calls.json"
-    arguments = str(folder / "meeting"), sizes, str(out)
-    spawn(_calls, arguments, nprocs=2)  # type: ignore[no-untyped-call]  # has no types
-    return {kind: [(size, seconds) for size, seconds in points] for kind, points in json.loads(out.read_text()).items()}
-
-
-def own_round(config: str, rounds: int) -> tuple[float, float]:
-    """Seconds of a round by the trainer in this process alone, without its steps, and of the steps."""
-    from benchmarks.engine_loops import TrainerLoop, held_batches, make_trainer
-
-    torch.set_num_threads(1)
-    trainer = make_trainer(Path(config))
-    batches, loop = held_batches(trainer, 2), TrainerLoop(trainer)
-    wholes, steps = [], []
-    for number in range(rounds + 2):
-        start = time.perf_counter()
-        loop(*batches[number % 2], number, False)
-        wholes.append(time.perf_counter() - start)
-        stepped = {}
-        for name, part in trainer.updater.parts.items():
-            start = time.perf_counter()
-            part.step(1e-6)
-            stepped[name] = time.perf_counter() - start
-        steps.append(stepped["teacher"] + 4 * stepped["encoder"] + 2 * stepped["s1"] + 2 * stepped["s2"])
-    step = statistics.median(steps[2:])
-    return statistics.median(wholes[2:]) - step, step
-
-
-def both_at_once(config: Path, rounds: int) -> tuple[float, float]:
-    """:func:`own_round` in two processes side by side, as two ranks run: the mean of both."""
-    command = [sys.executable, "-W", "ignore", str(Path(__file__)), "--own", str(config), "--rounds", str(rounds)]
-    running = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
-    return statistics.fmean(f[0] for f in found), statistics.fmean(f[1] for f in found)
-
-
-def check(folder: Path, emit: Any, widths: Sequence[int], rounds: int, repeats: int) -> None:
+def check(folder: Path, emit: Any, widths: Sequence[int], number: int) -> None:
     """Predicted and measured rounds of two processes."""
-    from benchmarks.engine_loops import Size, make_dataset, pair_speed, write_config
-
-    points = gloo(folder)
-    lines = {kind: fit(found) for kind, found in points.items()}
-    emit(f"\n{'gloo, two processes':22}{'latency, us':>12}{'GB/s sent':>12}   microseconds by KiB sent")
-    for kind, line in lines.items():
-        shown = " ".join(f"{size / 1024:.0f}:{1e6 * seconds:.0f}" for size, seconds in points[kind])
-        emit(f"{kind:22}{1e6 * line.latency:12.0f}{1e-9 / line.per_byte:12.2f}   {shown}")
-    dataset = make_dataset(folder / "data", 64)
     for width in widths:
-        half = write_config(folder / f"half{width}.yaml", dataset, Size(width, 64, 2), 1000)
-        whole = write_config(
-            folder / f"whole{width}.yaml", dataset, Size(width, 64, 4), rounds, log_every=max(1, rounds // 5)
-        )
-        parts = unet(width, 64)
-        own, speeds = [], {name: list[float]() for name in STRATEGIES}
-        for _ in range(repeats):
-            own.append(both_at_once(half, rounds))
-            for name, found in speeds.items():
-                found.append(1 / pair_speed(whole, name))
-        compute, step = min(own, key=sum)
-        emit(f"\nwidth {width}, 64 px, 4+4 tiles on two processes, the best of {repeats} runs of each")
-        emit(f"each alone with its 2+2 tiles, both at once: compute {compute:.3f} s, optimizer steps {step:.3f} s")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        out = folder / f"{width}.json"
+        spawn(turns, (port, width, number, str(out)), nprocs=2)  # type: ignore[no-untyped-call]  # has no types
+        found = json.loads(out.read_text())
+        emit(f"\n{'gloo, two processes':22}{'latency, us':>12}{'GB/s sent':>12}   microseconds by KiB sent")
+        lines = {}
+        for kind in ("all_reduce", "all_gather", "reduce_scatter"):
+            points = [(moved(Call(kind, size, 1), 2), found[f"{kind} {size}"]) for size in SIZES]
+            lines[kind] = line = fit(points)
+            shown = " ".join(f"{size / 1024:.0f}:{1e6 * seconds:.0f}" for size, seconds in points)
+            emit(f"{kind:22}{1e6 * line.latency:12.0f}{1e-9 / line.per_byte:12.2f}   {shown}")
+        parts, step = unet(width, 64), found["steps"]
+        compute = found["none"] - step
+        emit(f"\nwidth {width}, 64 px, 4+4 tiles on two processes, medians of {number} turns")
+        emit(f"without any exchange, 2+2 tiles on each: compute {compute:.3f} s, optimizer steps {step:.3f} s")
         emit(f"{'strategy':10}{'MB sent':>9}{'calls':>7}{'predicted s':>13}{'measured s':>12}{'error':>8}")
-        for name, found in speeds.items():
-            calls, measured = traffic(name, parts), min(found)
+        for name in STRATEGIES:
+            calls, measured = traffic(name, parts), found[name]
             predicted = predict(name, calls, lines, 2, compute, step, overlap=0.0).total
             emit(
                 f"{name:10}{sum(moved(c, 2) for c in calls) / 1e6:9.1f}{sum(c.messages for c in calls):7.0f}"
@@ -423,16 +440,11 @@ def foretell(emit: Any) -> None:
 def main() -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description="What limits each strategy")
-    parser.add_argument("--own", help=argparse.SUPPRESS)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=15, help="turns of two processes")
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--predict", action="store_true", help="the tables for many GPUs alone")
     parser.add_argument("--out", type=Path, help="write what is printed into this file, too")
     options = parser.parse_args()
-    if options.own is not None:
-        print(json.dumps(own_round(options.own, options.rounds)))
-        return 0
     from benchmarks.sharding import Report
 
     emit = Report()
@@ -442,7 +454,7 @@ def main() -> int:
     emit(f"Python {platform.python_version()}, torch {torch.__version__}; one thread a process")
     if not options.predict:
         with tempfile.TemporaryDirectory() as folder:
-            check(Path(folder), emit, options.widths, options.rounds, options.repeats)
+            check(Path(folder), emit, options.widths, options.rounds)
         emit(f"load {os.getloadavg()[0]:.1f} at the end")
     foretell(emit)
     if options.out is not None:

@@ -132,6 +132,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> Runs:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
 def test_a_strategy_equals_one_process(runs: Runs, strategy: str) -> None:
     """SGD, because Adam hides a wrong scale of the gradient. (ddp: test_parity.py; the others: the matrix.)"""
@@ -193,6 +194,7 @@ LAID_OUT = ["ddp", "fsdp2", "zero2", "zero3"]
 
 
 @pytest.mark.matrix
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("strategy", "variant"), VARIANTS)
 def test_what_only_saves_memory_or_looks_changes_nothing(runs: Runs, strategy: str, variant: str) -> None:
     case = Case("dctc", "sgd", 0.5, 1)
@@ -212,6 +214,7 @@ def test_channels_last_trains_everywhere(runs: Runs, strategy: str) -> None:
 
 
 @pytest.mark.matrix
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_lower_precision_is_the_same_in_every_strategy_that_has_it(runs: Runs, dtype: str) -> None:
     """Gradients are exchanged in float32 by all of them; a lower precision there would show as 1e-3."""
@@ -226,6 +229,7 @@ def test_lower_precision_is_the_same_in_every_strategy_that_has_it(runs: Runs, d
 
 
 @pytest.mark.matrix
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy", ["none", "ddp", "fsdp2"])
 def test_compiled_parts_train_the_same(runs: Runs, strategy: str) -> None:
     case = Case("supervised", "sgd", None, 1)

@@ -10,7 +10,8 @@ import pytest
 from tests.tiny import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.timeout(900)
 def test_it_compares_loops_that_compute_the_same_and_prints_its_tables() -> None:
     parts = "round,run,checkpoint,memory,peers"  # `pair` starts twelve processes
     command = [sys.executable, "benchmarks/engine.py", "--tiny", "--parts", parts]

@@ -50,6 +50,7 @@ def test_25_kills_at_random_moments(tmp_path: Path, tiny_dataset: Path) -> None:
     drafts, kills = 0, 0
     for number in range(KILLS):
         before = latest(checkpoints)
+        done_before = rounds_of(before)
         process = start(["accelerate", *launch_arguments(2), config], tmp_path)
         if number % 3 == 0:
             time.sleep(draw.uniform(1, 8))
@@ -63,14 +64,16 @@ def test_25_kills_at_random_moments(tmp_path: Path, tiny_dataset: Path) -> None:
         kills += process.poll() is None
         kill(family(psutil.Process(process.pid)))
         process.wait()
-        newest = latest(checkpoints)
-        done = 0 if newest is None else read_progress(newest).rounds
-        assert done >= (0 if before is None else read_progress(before).rounds)
+        assert rounds_of(latest(checkpoints)) >= done_before
     assert kills == KILLS, "some sittings ended by themselves"
     assert drafts >= 5, "too few kills met a checkpoint being written"
     launch(2, config)
     assert_same_weights(folder_of(config), folder_of(whole))
     assert not list(checkpoints.glob("*.tmp"))
+
+
+def rounds_of(checkpoint: Path | None) -> int:
+    return 0 if checkpoint is None else read_progress(checkpoint).rounds
 
 
 def wait_for_another(checkpoints: Path, before: Path | None, process: subprocess.Popen[bytes]) -> None:

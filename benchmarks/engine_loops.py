@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from dctc.config import Config, load_config
-from dctc.data.loaders import DeviceBatch
+from dctc.data.loaders import StreamBatch
 from dctc.engine.build import Run, locate, prepare, resolve, settle
 from dctc.engine.meters import Meters
 from dctc.engine.parallel import Parallel
@@ -230,7 +230,7 @@ class Interleaved:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def batches(self, rounds: range, device: torch.device) -> Iterator[list[DeviceBatch]]:
+    def batches(self, rounds: range, device: torch.device) -> Iterator[list[StreamBatch]]:
         """What the stream yields."""
         source = self._stream.batches(rounds, device)
         for step in rounds:

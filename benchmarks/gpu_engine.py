@@ -24,7 +24,7 @@ from dctc.engine.parallel import Parallel
 from dctc.engine.precision import Precision
 from dctc.engine.update import Losses, OptimizerSpec, Updater
 from dctc.methods import Batch, Update, build_method
-from dctc.methods.base import IGNORE
+from dctc.methods.base import IGNORE, updates
 from dctc.networks import NetworkSpec
 from shards.errors import InputError
 
@@ -74,11 +74,11 @@ class Engine:
         self, labelled: Batch, unlabelled: Batch, step: int, watch: Callable[[Update, Losses], None] | None = None
     ) -> list[Losses]:
         """One round as the trainer makes it; ``watch`` is called after each update."""
-        updates = self.method.round([self._laid_out(labelled)], [self._laid_out(unlabelled)], step)
+        steps = updates(self.method.round([self._laid_out(labelled)], [self._laid_out(unlabelled)], step))
         losses: list[Losses] = []
         while True:
             with self.precision.autocast():
-                update = next(updates, None)
+                update = next(steps, None)
             if update is None:
                 return losses
             losses.append(self.updater(update))

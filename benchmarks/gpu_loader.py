@@ -73,8 +73,8 @@ def trainer(sizes: Sizes, parallel: Parallel) -> Callable[[list[DeviceBatch]], o
     engine = Engine("dctc", NetworkSpec(BANDS, CLASSES, width=sizes.width), Setting("bf16", True), parallel)
 
     def consume(found: list[DeviceBatch]) -> object:
-        (images, valid, labels), (others, seen, _) = found
-        return engine.round(Batch(images, valid, labels), Batch(others, seen), 0)
+        labelled, (others, seen, *_) = found
+        return engine.round(Batch(*labelled), Batch(others, seen), 0)
 
     return consume
 

@@ -55,7 +55,7 @@ from rasterio.windows import Window
 from torch import Tensor
 
 from benchmarks.sharding import KINDS, TILE, Report, recipe, to_ids, write_scenes
-from dctc.data.loaders import PREFETCH, DeviceBatch, Normaliser, TrainingStream
+from dctc.data.loaders import PREFETCH, DeviceBatch, Normaliser, StreamBatch, TrainingStream
 from dctc.data.order import Layout
 from dctc.data.tiles import TileDataset
 from shards.codec import read_image, read_label
@@ -170,7 +170,7 @@ def on_device(batches: Iterable[HostBatch], dataset: Dataset) -> Iterator[Device
         yield normaliser(images, valid), valid, torch.where(valid, labels.long(), IGNORE)
 
 
-def training_stream(dataset: Dataset, rounds: int, workers: int) -> Iterator[list[DeviceBatch]]:
+def training_stream(dataset: Dataset, rounds: int, workers: int) -> Iterator[list[StreamBatch]]:
     """The trainer's stream of all tiles."""
     rows = np.arange(len(Index.open(dataset)), dtype=np.int64)
     stream = TrainingStream(dataset, 0, rows, BATCH, 0, Layout(), "none", workers, labels=True)

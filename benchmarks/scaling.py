@@ -351,8 +351,10 @@ class Turns:
 
     def round(self, name: str) -> None:
         """The updates of a round, as the trainer runs them."""
+        from dctc.methods.base import updates
+
         method, updater = self.loops[name]
-        for update in method.round(*self.batches, 0):
+        for update in updates(method.round(*self.batches, 0)):
             updater(update)
 
     def steps(self) -> None:

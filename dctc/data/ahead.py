@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import FileIO
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # so that copies to a device can be timed where nothing reads
 
 AHEAD = 256  # batches whose shards are fetched before they are asked for
 MOST_PINS = 64  # open files of one look-ahead; a usual limit of a process is 1024
-_Tensors = tuple[Tensor, Tensor, Tensor | None]
+_Batch = TypeVar("_Batch", bound=tuple[object, ...])  # of tensors, None, and tuples of tensors
 
 
 class LookAhead:
@@ -109,7 +109,7 @@ def _ranks_of_this_node() -> int:
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-class CopyAhead:
+class CopyAhead(Generic[_Batch]):
     """Rounds of host batches to rounds of device batches, in their order.
 
     On a GPU the next round is copied and prepared on a stream of its own while the current one is computed on; on CPU
@@ -119,20 +119,20 @@ class CopyAhead:
         prepare: one host batch to its tensors on ``device``; its copies should not block.
     """
 
-    def __init__(self, prepare: Callable[[RawBatch], _Tensors], device: torch.device) -> None:
+    def __init__(self, prepare: Callable[[RawBatch], _Batch], device: torch.device) -> None:
         self._prepare, self._device = prepare, device
         self._side: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch has no types for it
             self._side.wait_stream(torch.cuda.current_stream(device))  # for the constants that ``prepare`` uses
 
-    def __call__(self, rounds: Iterable[Sequence[RawBatch]]) -> Iterator[list[_Tensors]]:
+    def __call__(self, rounds: Iterable[Sequence[RawBatch]]) -> Iterator[list[_Batch]]:
         """The rounds on the device."""
         if self._side is None:
             for raws in rounds:
                 yield [self._prepare(raw) for raw in raws]
             return
-        under_way: deque[tuple[list[_Tensors], torch.cuda.Event]] = deque()
+        under_way: deque[tuple[list[_Batch], torch.cuda.Event]] = deque()
         for raws in rounds:
             under_way.append(self._start(raws, self._side))
             if len(under_way) > 1:
@@ -140,14 +140,22 @@ class CopyAhead:
         while under_way:
             yield self._hand_over(*under_way.popleft())
 
-    def _start(self, raws: Sequence[RawBatch], side: torch.cuda.Stream) -> tuple[list[_Tensors], torch.cuda.Event]:
+    def _start(self, raws: Sequence[RawBatch], side: torch.cuda.Stream) -> tuple[list[_Batch], torch.cuda.Event]:
         with torch.cuda.stream(side):
             batches = [self._prepare(raw) for raw in raws]
             return batches, side.record_event()
 
-    def _hand_over(self, batches: list[_Tensors], copied: torch.cuda.Event) -> list[_Tensors]:
+    def _hand_over(self, batches: list[_Batch], copied: torch.cuda.Event) -> list[_Batch]:
         current = torch.cuda.current_stream(self._device)
         current.wait_event(copied)
-        for tensor in (tensor for batch in batches for tensor in batch if tensor is not None):
+        for tensor in _tensors(batches):
             tensor.record_stream(current)  # or the allocator might reuse it while this stream still reads it
         return batches
+
+
+def _tensors(nested: object) -> Iterator[Tensor]:
+    if isinstance(nested, Tensor):
+        yield nested
+    elif isinstance(nested, list | tuple):
+        for item in nested:
+            yield from _tensors(item)

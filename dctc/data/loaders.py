@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import islice
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dctc.data.ahead import CopyAhead, LookAhead
-from dctc.data.augment import Kind, View, cutmix_masks, mix, partners
+from dctc.data.augment import BoxSpec, Kind, View, box_masks, cutmix_masks, mix, partners
 from dctc.data.order import BlockOrder, GlobalOrder, Indices, Layout, Order, RankBatchSampler
 from dctc.data.tiles import RawBatch, TileDataset
 from shards.errors import InputError
@@ -34,6 +34,20 @@ from shards.manifest import IGNORE, Dataset, Manifest
 Loader = DataLoader[RawBatch]
 DeviceBatch = tuple[Tensor, Tensor, Tensor | None]
 """Normalised images float32 [B,bands,H,W], valid bool [B,H,W], labels int64 [B,H,W] or None."""
+
+
+class StreamBatch(NamedTuple):
+    """A micro-batch of a training stream on the device; the fields are those of :class:`dctc.methods.base.Batch`."""
+
+    images: Tensor
+    valid: Tensor
+    labels: Tensor | None
+    views: tuple[Tensor, ...] = ()
+    view_valid: tuple[Tensor, ...] = ()
+    boxes: Tensor | None = None
+    partner: Tensor | None = None
+
+
 PREFETCH = 2  # batches that each worker holds ready
 
 
@@ -132,6 +146,8 @@ class TrainingStream:
         order, mix: the kind of order, and the shards that order "block" shuffles together.
         substitute: read another tile of ``rows`` in place of a damaged one (:class:`TileDataset`), saying so once.
         prefetch: batches that each worker holds ready.
+        views: photometric views of each sample beside the image itself.
+        boxes: CutMix boxes for the method to mix with, drawn for each view; None where it needs none.
         damaged: the damaged rows met so far.
     """
 
@@ -149,15 +165,19 @@ class TrainingStream:
     substitute: bool = False
     prefetch: int = PREFETCH
     cutmix: bool = False
+    views: int = 0
+    boxes: BoxSpec | None = None
     damaged: set[int] = field(default_factory=set, compare=False)
 
     def __post_init__(self) -> None:
         self._sampler(range(0))  # a batch that does not divide, or too few tiles, is refused now
         each = self.batch // (self.layout.world * self.layout.accumulation)
-        if self.cutmix and each % 2:
+        if (self.cutmix or self.boxes is not None) and each % 2:
+            who = "data.cutmix" if self.cutmix else "the method's CutMix"
+            batch = "data.batch_labelled" if self.labels else "data.batch_unlabelled"
             raise InputError(
-                f"data.cutmix pairs the tiles of a micro-batch, and {each} is odd: make data.batch_labelled an even "
-                "multiple of processes x parallel.accumulation"
+                f"{who} pairs the tiles of a micro-batch, and {each} is odd: make {batch} an even multiple of "
+                "processes x parallel.accumulation"
             )
 
     @cached_property
@@ -178,7 +198,7 @@ class TrainingStream:
         tiles = TileDataset(self.dataset, self.labels)
         return [_key(tiles, row) for batch in self._sampler(range(step, step + 1)) for _, row in batch]
 
-    def batches(self, rounds: range, device: torch.device) -> Iterator[list[DeviceBatch]]:
+    def batches(self, rounds: range, device: torch.device) -> Iterator[list[StreamBatch]]:
         """The micro-batches of each round of ``rounds``, on ``device``."""
         tiles = TileDataset(self.dataset, self.labels, self.rows if self.substitute else None)
         sampler = self._sampler(rounds)
@@ -203,17 +223,35 @@ class TrainingStream:
                     )
             yield raw
 
-    def _to_device(self, raw: RawBatch, *, normaliser: Normaliser, device: torch.device) -> DeviceBatch:
+    def _to_device(self, raw: RawBatch, *, normaliser: Normaliser, device: torch.device) -> StreamBatch:
         images, valid, labels = (raw[k].to(device, non_blocking=True) for k in ("images", "valid", "labels"))
         truth = torch.where(valid, labels.long(), IGNORE) if self.labels else None
-        view = View(self.augment, self.seed, self.number)
-        images, valid, truth = view(normaliser(images, valid), valid, truth, raw["positions"])
-        if self.cutmix and truth is not None:
-            size = images.shape[-1]
-            masks = cutmix_masks(self.seed, self.number, raw["positions"], raw["rows"], size, device)
-            other = partners(len(images), device)
-            images, valid, truth = (mix(tensor, masks, other) for tensor in (images, valid, truth))
-        return images, valid, truth
+        view, positions = View(self.augment, self.seed, self.number), raw["positions"]
+        placed, seen, truth = view.place(normaliser(images, valid), valid, truth, positions)
+        images, valid = view.colour(placed, seen, positions)
+        if truth is not None and self.augment == "strong":
+            truth = torch.where(valid, truth, IGNORE)
+        others = [View("strong", self.seed, self.number, k + 1) for k in range(self.views)]
+        shown = [other.colour(placed, seen, positions) for other in others]
+        partner = None
+        if self.cutmix or self.boxes is not None:
+            partner = partners(len(images), device)
+        if self.cutmix and truth is not None and partner is not None:
+            masks = cutmix_masks(self.seed, self.number, positions, raw["rows"], images.shape[-1], device)
+            images, valid, truth = (mix(tensor, masks, partner) for tensor in (images, valid, truth))
+            shown = [(mix(image, masks, partner), mix(mask, masks, partner)) for image, mask in shown]
+        boxes = None if self.boxes is None else self._boxes(self.boxes, raw, images.shape[-1], device)
+        views, view_valid = (tuple(pair[k] for pair in shown) for k in (0, 1))
+        return StreamBatch(images, valid, truth, views, view_valid, boxes, partner)
+
+    def _boxes(self, spec: BoxSpec, raw: RawBatch, size: int, device: torch.device) -> Tensor:
+        """bool [views or 1,B,size,size]."""
+        return torch.stack(
+            [
+                box_masks(spec, (self.seed, self.number, view), raw["positions"], raw["rows"], size, device)
+                for view in range(max(1, self.views))
+            ]
+        )
 
 
 def _key(tiles: TileDataset, row: int) -> str:

@@ -8,15 +8,13 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from torch import nn
 
 from dctc.bundle import Description
 from dctc.config import Config, MethodConfig, nearest
-from dctc.data.loaders import TrainingStream
-from dctc.data.order import LABELLED, UNLABELLED, Indices, Layout
+from dctc.data.order import LABELLED, UNLABELLED, Layout
 from dctc.engine.checkpoint import Checkpoints, Progress, latest, read_progress
 from dctc.engine.faults import occupy
 from dctc.engine.flops import peak_flops, round_flops
@@ -27,10 +25,12 @@ from dctc.engine.preempt import StopRequest
 from dctc.engine.profile import Profile
 from dctc.engine.recompute import recompute_blocks
 from dctc.engine.schedule import Schedule
+from dctc.engine.streams import training_stream, watched_rows
 from dctc.engine.trainer import Every, Tracker, Trainer
 from dctc.engine.update import OptimizerSpec, Updater
-from dctc.engine.watch import PROBE_TILES, Watch
+from dctc.engine.watch import Watch
 from dctc.methods import Method, OptionError, build_method, parse_options
+from dctc.methods.base import Length
 from dctc.networks import NetworkSpec, UnknownNetwork
 from shards.errors import InputError
 from shards.index import Index
@@ -172,7 +172,10 @@ def prepare(
             precision.loss_scale.value, since = run.progress.loss_scale
             precision.loss_scale.since = int(since)
 
+    method.length = Length(schedule.rounds, schedule.epoch)
+    method.memory = dict(run.progress.memory)
     unlabelled_rows = index.unlabelled_rows(config.data.labelled_share)
+    stream = partial(training_stream, config, dataset, layout)
     watch = Watch(
         method=method,
         parts=updater.parts,
@@ -181,7 +184,7 @@ def prepare(
         precision=precision,
         layout=layout,
         folder=run.folder,
-        rows=_watched_rows(dataset, index, labelled_rows, unlabelled_rows, config.evaluation.pictures),
+        rows=watched_rows(dataset, index, labelled_rows, unlabelled_rows, config.evaluation.pictures),
         batch=config.evaluation.batch,
         workers=config.data.workers,
         describe=partial(describe, config, dataset),
@@ -196,8 +199,8 @@ def prepare(
         updater=updater,
         precision=precision,
         parallel=parallel,
-        labelled=_stream(config, dataset, layout, LABELLED, labelled_rows),
-        unlabelled=_stream(config, dataset, layout, UNLABELLED, unlabelled_rows) if method.uses_unlabelled else None,
+        labelled=stream(LABELLED, labelled_rows, method.labelled_needs),
+        unlabelled=stream(UNLABELLED, unlabelled_rows, method.unlabelled_needs) if method.uses_unlabelled else None,
         schedule=schedule,
         every=_intervals(config, schedule),
         checkpoints=checkpoints,
@@ -313,26 +316,6 @@ def _network_spec(config: Config, dataset: Dataset, parallel: Parallel | None = 
     return NetworkSpec(len(manifest.bands), len(manifest.classes), config.network.name, config.network.width, norm)
 
 
-def _stream(config: Config, dataset: Dataset, layout: Layout, number: int, rows: Indices) -> TrainingStream:
-    labelled = number == LABELLED
-    return TrainingStream(
-        dataset=dataset,
-        number=number,
-        rows=rows,
-        batch=config.data.batch_labelled if labelled else config.data.batch_unlabelled,
-        seed=config.run.seed,
-        layout=layout,
-        augment=config.data.augment,
-        cutmix=config.data.cutmix and labelled,
-        workers=config.data.workers,
-        labels=labelled,
-        order=config.data.resolved_order,
-        mix=config.data.mix,
-        substitute=config.data.on_damage == "substitute",
-        prefetch=config.data.prefetch,
-    )
-
-
 def _optimizer_spec(config: Config) -> OptimizerSpec:
     return OptimizerSpec(**config.optimizer.model_dump())
 
@@ -347,28 +330,6 @@ def _intervals(config: Config, schedule: Schedule) -> Every:
         picture=rounds(config.run.pictures_every),
         checkpoint=rounds(config.run.checkpoint_every),
     )
-
-
-def _watched_rows(
-    dataset: Dataset, index: Index, labelled: Indices, unlabelled: Indices, pictures: int
-) -> dict[str, Indices]:
-    """Fixed samples spread evenly over their sets, so that curves and pictures always show the same tiles.
-
-    A split without a label cannot be scored: it has no rows here.
-    """
-    scored = dataset.manifest.splits
-    val, test = (index.rows(split) if scored[split].labelled else labelled[:0] for split in ("val", "test"))
-    return {
-        "val": val,
-        "test": test,
-        "labelled": labelled,
-        "probe": _spread(unlabelled, PROBE_TILES),
-        "pictures": _spread(next(rows for rows in (val, unlabelled) if len(rows)), pictures),
-    }
-
-
-def _spread(rows: Indices, count: int) -> Indices:
-    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(np.int64)]
 
 
 def _warn(enabled: bool, text: str) -> None:

@@ -49,6 +49,7 @@ class Progress:
         seconds: training time so far.
         loss_scale: value and age of fp16's loss scale, None in other precisions.
         skipped: updates left out because something was not finite.
+        memory: what the method remembers beside its parts (:class:`dctc.methods.base.Method`).
     """
 
     rounds: int = 0
@@ -59,6 +60,7 @@ class Progress:
     seconds: float = 0.0
     loss_scale: list[float] | None = None
     skipped: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def must_match(self, dataset: str, settings: Mapping[str, Any], source: Path) -> None:
         """Refuse to go on with other data or settings; raises :class:`InputError` naming the keys."""

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dctc.methods import Batch, Method, build_method
+from dctc.methods.base import Length, Needs, Update
 from dctc.networks import NetworkSpec
 
 FAR_ALONG = 10**9  # a round after every start and ramp of a phase
@@ -47,24 +48,35 @@ def round_flops(
         spec = replace(spec, norm="batch")
     with FakeTensorMode():
         method = build_method(method_name, spec, options)
-        labelled = _batch(spec, batch_labelled, tile, labels=True)
-        unlabelled = _batch(spec, batch_unlabelled, tile, labels=False)
+        method.length = Length(rounds=step, epoch=1)
+        labelled = _batch(spec, batch_labelled, tile, method.labelled_needs, labels=True)
+        unlabelled = _batch(spec, batch_unlabelled, tile, method.unlabelled_needs, labels=False)
         with FlopCounterMode(display=False) as counter:
-            _run(method, labelled, unlabelled, step)
-    return float(counter.get_total_flops())
+            for further in range(method.cycle):
+                _run(method, labelled, unlabelled, step + further)
+    return float(counter.get_total_flops()) / method.cycle
 
 
-def _batch(spec: NetworkSpec, count: int, tile: int, labels: bool) -> Batch:
+def _batch(spec: NetworkSpec, count: int, tile: int, needs: Needs, labels: bool) -> Batch:
     shape = (count, tile, tile)
     classes = torch.zeros(shape, dtype=torch.int64) if labels else None
-    return Batch(torch.zeros(count, spec.bands, tile, tile), torch.ones(shape, dtype=torch.bool), classes)
+    images, valid = torch.zeros(count, spec.bands, tile, tile), torch.ones(shape, dtype=torch.bool)
+    boxes = None if needs.boxes is None else torch.zeros(max(1, needs.views), *shape, dtype=torch.bool)
+    return Batch(
+        images, valid, classes, [images] * needs.views, [valid] * needs.views,
+        boxes, None if boxes is None else torch.arange(count),
+    )  # fmt: skip
 
 
 def _run(method: Method, labelled: Batch, unlabelled: Batch, step: int) -> None:
-    """Forward and backward of each update as the engine runs them, without a step."""
-    for update in method.round([labelled], [unlabelled], step):
-        for micro in range(len(update.counts)):
-            torch.autograd.backward(update.sums(micro).sum())
+    """Forward and backward of each update as the engine runs them, without a step.
+
+    A survey is left out: it is made in a few rounds of a run, and the method sees none of its result.
+    """
+    for part in method.round([labelled], [unlabelled], step):
+        if isinstance(part, Update):
+            for micro in range(len(part.counts)):
+                torch.autograd.backward(part.sums(micro).sum())
 
 
 TERA = 1e12

@@ -6,6 +6,7 @@ One wrapper and one optimizer a part, because an update steps some parts only: a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -70,6 +71,16 @@ class Part:
     def step(self, rate: float) -> None:
         """One optimizer step at ``rate`` times the learning rate."""
         step_at(self.optimizer, rate)
+
+    def restart(self) -> None:
+        """Forget the optimizer's moments, as if it had never stepped."""
+        self.optimizer.state.clear()
+
+    @torch.no_grad()
+    def follow(self, leader: Part, keep: float) -> None:
+        """Move weights and buffers towards those of ``leader``, a part of the same architecture and strategy."""
+        own, others = ([*part.inner.parameters(), *part.inner.buffers()] for part in (self, leader))
+        follow([_local(tensor) for tensor in own], [_local(tensor) for tensor in others], keep)
 
     def full_precision(self) -> AbstractContextManager[None]:
         """Around forward passes without autocast."""
@@ -147,6 +158,17 @@ class ShardedPart(Part):
         """See :class:`Part`."""
         self._sharded.set_requires_gradient_sync(last)
         return nullcontext()
+
+
+def follow(own: Sequence[Tensor], leaders: Sequence[Tensor], keep: float) -> None:
+    """``keep * own + (1 - keep) * leader`` in place for floats; integers are copied."""
+    pairs = list(zip(own, leaders, strict=True))
+    floats = [(tensor, leader) for tensor, leader in pairs if tensor.is_floating_point()]
+    if keep and floats:
+        torch._foreach_lerp_([tensor for tensor, _ in floats], [leader for _, leader in floats], 1 - keep)
+    for tensor, leader in pairs:
+        if not keep or not tensor.is_floating_point():
+            tensor.copy_(leader)
 
 
 def _local(tensor: Tensor) -> Tensor:

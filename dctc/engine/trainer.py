@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dctc.data.loaders import DeviceBatch, TrainingStream
+from torch import Tensor
+
+from dctc.data.loaders import StreamBatch, TrainingStream
 from dctc.engine.checkpoint import CheckpointError, Checkpoints, Progress
 from dctc.engine.console import Console
 from dctc.engine.meters import Compute, Meters
@@ -21,7 +23,7 @@ from dctc.engine.profile import Profile
 from dctc.engine.schedule import Schedule
 from dctc.engine.update import Losses, Updater
 from dctc.engine.watch import Watch
-from dctc.methods.base import Batch, Method
+from dctc.methods.base import Batch, Method, Survey, Update
 
 
 class Tracker(Protocol):
@@ -161,6 +163,7 @@ class Trainer:
         self._check(meters, console)
         self._check_weights()  # what is not finite must not become the latest checkpoint
         progress.tracking_id = self.tracker.run_id
+        progress.memory = self.method.memory
         scale = self.updater.precision.loss_scale
         progress.loss_scale = None if scale is None else [scale.value, scale.since]
         try:
@@ -176,15 +179,23 @@ class Trainer:
         return stopping
 
     def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> list[Losses]:
-        """All updates of one round. What a method does between two updates runs under autocast too."""
-        updates = self.method.round(labelled, unlabelled, step)
+        """All steps of one round. What a method does between two of them runs under autocast too."""
+        steps = self.method.round(labelled, unlabelled, step)
         losses: list[Losses] = []
+        answer: Tensor | None = None
         while True:
-            with self.precision.autocast():
-                update = next(updates, None)
-            if update is None:
+            try:
+                with self.precision.autocast():
+                    wanted = steps.send(answer)
+            except StopIteration:
                 return losses
-            losses.append(self.updater(update))
+            answer = None
+            if isinstance(wanted, Update):
+                losses.append(self.updater(wanted))
+            elif isinstance(wanted, Survey):
+                answer = self.watch.survey(wanted)
+            else:
+                self.updater.change(wanted)
 
     def _log(self, meters: Meters, rate: float, console: Console) -> None:
         done, total = self.progress.rounds, self.schedule.rounds
@@ -270,6 +281,8 @@ class Trainer:
             batches = [[self._batch(tensors) for tensors in next(source)] for source in sources]
             yield batches, time.perf_counter() - started
 
-    def _batch(self, tensors: DeviceBatch) -> Batch:
-        images, valid, labels = tensors
-        return Batch(images.contiguous(memory_format=self.precision.memory_format), valid, labels)
+    def _batch(self, tensors: StreamBatch) -> Batch:
+        images, *views = (
+            image.contiguous(memory_format=self.precision.memory_format) for image in (tensors.images, *tensors.views)
+        )
+        return Batch(**tensors._replace(images=images, views=tuple(views))._asdict())

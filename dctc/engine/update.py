@@ -15,7 +15,7 @@ from dctc.engine.optimizer import OptimizerSpec
 from dctc.engine.parallel import Parallel
 from dctc.engine.parts import Part
 from dctc.engine.precision import Precision
-from dctc.methods.base import Update
+from dctc.methods.base import Follow, Restart, Update
 
 __all__ = ["Losses", "OptimizerSpec", "Updater"]
 
@@ -117,6 +117,14 @@ class Updater:
         if self._needs_norms and self._zero:
             norms = self._norms(parts)
         return Losses(update.terms, seen / totals, norms, skipped=not finite)
+
+    def change(self, step: Follow | Restart) -> None:
+        """A step without a loss."""
+        if isinstance(step, Follow):
+            self.parts[step.part].follow(self.parts[step.leader], step.keep)
+        else:
+            for name in step.parts:
+                self.parts[name].restart()
 
     @property
     def _needs_norms(self) -> bool:

@@ -26,7 +26,8 @@ from dctc.engine.precision import Precision
 from dctc.evaluation.evaluate import Evaluation, evaluate_tiles
 from dctc.evaluation.pictures import draw_panels
 from dctc.evaluation.report import write_evaluation
-from dctc.methods.base import Method, inference
+from dctc.methods.base import Batch, Method, Survey, inference
+from shards.errors import InputError
 from shards.manifest import IGNORE, Dataset
 
 PROBE_TILES = (
@@ -42,7 +43,8 @@ class Watch:
 
     Attributes:
         parts: the method's parts as the strategy holds them.
-        rows: index rows by purpose: "val", "test", "probe" (unlabelled), "labelled", "pictures".
+        rows: index rows by purpose: "val", "test", "unlabelled", "probe" (some of them), "labelled",
+            "pictures".
         describe: what a model file of now says of itself.
         warn: shows one line to the user.
         warn_from: round from which a class may be called dying; an untrained net predicts few classes.
@@ -152,6 +154,18 @@ class Watch:
                 self.method.headline,
             )
         return {"pictures": file}
+
+    def survey(self, wanted: Survey) -> Tensor:
+        """The sum of what a method counts over all unlabelled tiles, over all ranks."""
+        total: Tensor | None = None
+        with self._looking(), self.precision.autocast():
+            for (images, valid, _), _ in self._batches(self.rows["unlabelled"], self.substitute):
+                images = images.contiguous(memory_format=self.precision.memory_format)
+                counts = wanted.of(Batch(images, valid))
+                total = counts if total is None else total + counts
+        if total is None:
+            raise InputError(f"{self.dataset.location}: no unlabelled tile to look at")
+        return self.parallel.sum(total)
 
     def _evaluate(
         self, rows: Indices, autocast: AbstractContextManager[object], substitute: bool = False

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dctc.engine.optimizer import OptimizerSpec, step_at
-from dctc.engine.parts import Part
+from dctc.engine.parts import Part, follow
 from dctc.engine.precision import Precision
 from shards.errors import InputError
 
@@ -120,6 +120,28 @@ class ZeroPart(Part):
     def step(self, rate: float) -> None:
         """See :class:`Part`; the engine clips."""
         step_at(_Steps(self._engine, self.optimizer), rate)  # type: ignore[arg-type]  # has what it needs of one
+
+    def restart(self) -> None:
+        """See :class:`Part`; moments of 0 after 0 steps are those of an optimizer that never stepped."""
+        for flat in self._flats():
+            for key, value in self._zero.optimizer.state.get(flat, {}).items():
+                if torch.is_tensor(value):
+                    value.zero_()
+                elif key == "step":
+                    self._zero.optimizer.state[flat][key] = 0
+
+    @torch.no_grad()
+    def follow(self, leader: Part, keep: float) -> None:
+        """See :class:`Part`. At stage 3 rank 0's result is dealt out to all; the others compute the same."""
+        if self.stage < 3:
+            super().follow(leader, keep)
+            return
+        import deepspeed
+
+        own, others = (list(part.inner.parameters()) for part in (self, leader))
+        with deepspeed.zero.GatheredParameters(others), deepspeed.zero.GatheredParameters(own, modifier_rank=0):
+            follow(own, others, keep)
+        follow(list(self.inner.buffers()), list(leader.inner.buffers()), keep)
 
     def is_finite(self) -> bool:
         """See :class:`Part`."""

@@ -1,4 +1,4 @@
-"""What a training method is: named parts, and a round made of updates.
+"""What a training method is: named parts, and a round made of steps on them.
 
 A method says *what* (which loss moves which parts); the engine says *how* (precision, accumulation, wrapping, clipping,
 stepping). No method knows of ranks.
@@ -7,15 +7,37 @@ stepping). No method knows of ranks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 IGNORE = 255
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """CutMix boxes: ``count`` in a tile, of equal area, whose areas sum to a share uniform in [smallest, largest]."""
+
+    count: int = 3
+    smallest: float = 0.25
+    largest: float = 0.5
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method needs of a stream beside images and labels.
+
+    Attributes:
+        views: how many photometric views of each sample, independent of each other and in the geometry of its image.
+        boxes: CutMix boxes, drawn apart for each view (once where there is none).
+    """
+
+    views: int = 0
+    boxes: Boxes | None = None
 
 
 @dataclass(frozen=True)
@@ -26,11 +48,32 @@ class Batch:
         images: normalised, float32 [B,bands,H,W].
         valid: bool [B,H,W], False where the image has no data.
         labels: int64 [B,H,W] with 255 = ignore; None in the unlabelled stream.
+        views: as ``images``, as many as the method needs; each pixel shows what it shows in ``images``.
+        view_valid: as ``valid``, of each view, where more may be missing.
+        boxes: bool [M,B,H,W], M = number of views but at least 1, where a sample shows its partner instead; None when
+            the method does not need them. All False where no sample of another tile is at hand.
+        partner: int64 [B], the sample of this micro-batch that a sample is mixed with; None without ``boxes``.
     """
 
     images: Tensor
     valid: Tensor
     labels: Tensor | None = None
+    views: Sequence[Tensor] = ()
+    view_valid: Sequence[Tensor] = ()
+    boxes: Tensor | None = None
+    partner: Tensor | None = None
+
+    def mixed(self, tensor: Tensor, view: int = 0) -> Tensor:
+        """``tensor`` [B,...,H,W] (images, labels, probabilities) with each sample's partner inside its boxes.
+
+        Raises:
+            ValueError: the method did not say that it needs boxes.
+        """
+        if self.boxes is None or self.partner is None:
+            raise ValueError("this batch has no CutMix boxes: the method must declare them in its needs")
+        inside = self.boxes[view]
+        inside = inside.reshape(len(inside), *([1] * (tensor.dim() - 3)), *inside.shape[-2:])
+        return torch.where(inside, tensor[self.partner], tensor)
 
     def required_labels(self) -> Tensor:
         """The labels; raises :class:`ValueError` in the unlabelled stream."""
@@ -62,6 +105,52 @@ class Update:
     rate: float = 1.0
 
 
+@dataclass(frozen=True)
+class Follow:
+    """Weights and buffers of a part move towards another's: ``keep * own + (1 - keep) * leader``.
+
+    ``keep = 0`` copies. Integer buffers are always copied. Both parts must be of one architecture.
+    """
+
+    part: str
+    leader: str
+    keep: float = 0.0
+
+
+@dataclass(frozen=True)
+class Restart:
+    """The optimizers of these parts forget their moments, as if they had never stepped."""
+
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A look at all tiles of the unlabelled set, each once and as it is (no augmentation).
+
+    The round gets the sum over all batches of all ranks back: ``total = yield Survey(of)``.
+
+    Attributes:
+        of: batch -> tensor of counts on the batch's device, int64 or float64 and of one shape always; called without
+            gradients, with all parts in evaluation mode. Padding tiles have no valid pixel.
+    """
+
+    of: Callable[[Batch], Tensor]
+
+
+Step = Update | Follow | Restart | Survey
+Round = Generator[Step, Any, None]
+"""What :meth:`Method.round` returns; the engine sends the result of a :class:`Survey` back into it."""
+
+
+@dataclass(frozen=True)
+class Length:
+    """Rounds of the whole run, and of one epoch."""
+
+    rounds: int = 1
+    epoch: int = 1
+
+
 class Method(ABC):
     """A training method.
 
@@ -70,27 +159,49 @@ class Method(ABC):
             calls ``self.parts[name]``.
         headline: the net whose score is the method's score; never picked by a test score.
         uses_unlabelled: whether the method wants the second stream at all.
+        labelled_needs, unlabelled_needs: what it needs of either stream beside images and labels.
         temperature: T of the sharpened entropy that is reported.
+        length: of the run; the engine sets it before the first round.
+        cycle: epochs after which the same kinds of rounds come again.
+        memory: what the method must remember from round to round beside its parts, as JSON values; it is part of each
+            checkpoint and put back before a run goes on. The same on all ranks.
     """
 
     headline: ClassVar[str] = "s1"
     uses_unlabelled: ClassVar[bool] = True
     temperature: float = 0.5
+    cycle: int = 1
 
     def __init__(self, parts: Mapping[str, nn.Module]) -> None:
         self.parts: dict[str, nn.Module] = dict(parts)
+        self.labelled_needs = Needs()
+        self.unlabelled_needs = Needs()
+        self.length = Length()
+        self.memory: dict[str, Any] = {}
 
     @abstractmethod
-    def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Iterator[Update]:
-        """The updates of round ``step`` (from 0), in order, over the micro-batches of both streams of this rank.
+    def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Round:
+        """The steps of round ``step`` (from 0), in order, over the micro-batches of both streams of this rank.
 
-        The engine runs each update before it asks for the next one, so what stands between two ``yield`` sees the
-        parameters as the last update left them.
+        The engine makes each step before it asks for the next one, so what stands between two ``yield`` sees the
+        parameters as the last step left them.
         """
 
     @abstractmethod
     def logits(self, images: Tensor) -> dict[str, Tensor]:
         """Net name -> float logits [B,classes,H,W] of normalised images [B,bands,H,W]."""
+
+
+def updates(steps: Round) -> Iterator[Update]:
+    """The steps of a round of a method that makes updates alone, for whoever runs them without a trainer.
+
+    Raises:
+        TypeError: there is another step.
+    """
+    for step in steps:
+        if not isinstance(step, Update):
+            raise TypeError(f"{type(step).__name__} is no update: only the trainer makes such steps")
+        yield step
 
 
 @contextmanager

@@ -11,17 +11,16 @@ One round (paper, section 2.1, figure 1; numbers are the paper's equations):
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dctc.methods.base import Batch, Method, Update, inference
-from dctc.methods.losses import cross_entropy_sum, pixel_count, pseudo_label, ramp_up
+from dctc.methods.base import Batch, Method, Round, Update, inference
+from dctc.methods.losses import cross_entropy_sum, mean_prediction, pixel_count, pseudo_label, ramp_up
 from dctc.networks import NetworkSpec, build_decoder, build_encoder, build_network
 
 STUDENTS = ("s1", "s2")
@@ -37,6 +36,8 @@ class Options:
         sharpen: which students' predictions are sharpened in their losses.
         loss: ``binary`` is equation 6 read literally, a sum over the classes.
         pseudo_label: ``soft`` keeps the probabilities instead of the argmax.
+        round: ``epoch`` gives whole epochs to each phase in turn, instead of all phases to each iteration.
+        labels_for_students: phase 2 also has CE(S(x_l), y) of each student, not sharpened.
         update: ``fused`` makes one step a phase from one encoder pass: cheaper, but not the paper's "in turn".
         phase2_start, phase3_start: round from which the phase runs.
         phase2_ramp, phase3_ramp: rounds over which its learning rate then grows as exp(-5(1-t)^2).
@@ -47,6 +48,8 @@ class Options:
     sharpen: Literal["none", "s1", "s2", "both"] = "both"
     loss: Literal["multiclass", "binary"] = "multiclass"
     pseudo_label: Literal["hard", "soft"] = "hard"
+    round: Literal["iteration", "epoch"] = "iteration"
+    labels_for_students: bool = False
     update: Literal["in_turn", "fused"] = "in_turn"
     phase2_start: int = 0
     phase2_ramp: int = 0
@@ -59,6 +62,16 @@ class Options:
         for name in ("phase2_start", "phase2_ramp", "phase3_start", "phase3_ramp"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is a number of rounds, at least 0, got {getattr(self, name)}")
+
+
+class Lesson(NamedTuple):
+    """What a student learns in an update: a loss term of that name, on these micro-batches."""
+
+    term: str
+    student: str
+    batches: Sequence[Batch]
+    labels: Sequence[Tensor]
+    temperature: float
 
 
 class DCTC(Method):
@@ -75,25 +88,31 @@ class DCTC(Method):
         )
         self.options = options
         self.temperature = options.temperature
+        self.cycle = 3 if options.round == "epoch" else 1
 
-    def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Iterator[Update]:
-        """Phases 1 to 3 of the module's table."""
+    def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Round:
+        """Phases 1 to 3 of the module's table, or the one whose epoch it is."""
         options = self.options
-        yield self._teacher_update(labelled)
-        if rate := ramp_up(step, options.phase2_start, options.phase2_ramp):
+        phases = (1, 2, 3) if options.round == "iteration" else (1 + step // self.length.epoch % 3,)
+        if 1 in phases:
+            yield self._teacher_update(labelled)
+        if 2 in phases and (rate := ramp_up(step, options.phase2_start, options.phase2_ramp)):
             taught = [self._label_by_teacher(batch) for batch in unlabelled]
-            yield from self._student_updates(unlabelled, {"teacher_to_s1": taught, "teacher_to_s2": taught}, rate)
-        if rate := ramp_up(step, options.phase3_start, options.phase3_ramp):
+            lessons = self._lessons(unlabelled, {"teacher_to_s1": taught, "teacher_to_s2": taught})
+            if options.labels_for_students:
+                known = [batch.required_labels() for batch in labelled]
+                lessons += [Lesson(f"labels_to_{student}", student, labelled, known, 1.0) for student in STUDENTS]
+            yield from self._student_updates(lessons, rate)
+        if 3 in phases and (rate := ramp_up(step, options.phase3_start, options.phase3_ramp)):
             crossed = [self._label_by_students(batch) for batch in unlabelled]
             by_s1, by_s2 = [y1 for y1, _ in crossed], [y2 for _, y2 in crossed]
-            yield from self._student_updates(unlabelled, {"s2_to_s1": by_s2, "s1_to_s2": by_s1}, rate)
+            yield from self._student_updates(self._lessons(unlabelled, {"s2_to_s1": by_s2, "s1_to_s2": by_s1}), rate)
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:
         """Logits of ``s1``, ``s2``, ``teacher`` and ``mean`` (log of the mean of both students' probabilities)."""
         features = self.parts["encoder"](images)
         s1, s2 = (self.parts[student](features, images.shape[-2:]) for student in STUDENTS)
-        mean = torch.logaddexp(torch.log_softmax(s1.float(), 1), torch.log_softmax(s2.float(), 1)) - math.log(2)
-        return {"s1": s1, "s2": s2, "mean": mean, "teacher": self.parts["teacher"](images)}
+        return {"s1": s1, "s2": s2, "mean": mean_prediction(s1, s2), "teacher": self.parts["teacher"](images)}
 
     def _teacher_update(self, labelled: Sequence[Batch]) -> Update:
         labels = [batch.required_labels() for batch in labelled]
@@ -104,31 +123,31 @@ class DCTC(Method):
 
         return Update(("teacher",), ("teacher",), [pixel_count(y)[None] for y in labels], sums)
 
-    def _student_updates(
-        self, unlabelled: Sequence[Batch], targets: dict[str, list[Tensor]], rate: float
-    ) -> Iterator[Update]:
-        """One update a student in turn, or one for both when fused. ``targets``: term -> labels, S1's term first."""
-        terms = tuple(targets)
-        groups = (
-            [(terms, STUDENTS)]
-            if self.options.update == "fused"
-            else [((t,), (s,)) for t, s in zip(terms, STUDENTS, strict=True)]
-        )
-        for names, students in groups:
-            counts = [torch.stack([pixel_count(targets[t][m]) for t in names]) for m in range(len(unlabelled))]
-            sums = partial(self._student_sums, unlabelled, [targets[t] for t in names], students)
-            yield Update(names, ("encoder", *students), counts, sums, rate)
+    def _lessons(self, batches: Sequence[Batch], targets: dict[str, list[Tensor]]) -> list[Lesson]:
+        """From pseudo-labels; ``targets``: term -> labels, S1's term first."""
+        return [
+            Lesson(term, s, batches, y, self.temperature if self.options.sharpen in (s, "both") else 1.0)
+            for s, (term, y) in zip(STUDENTS, targets.items(), strict=True)
+        ]
 
-    def _student_sums(
-        self, unlabelled: Sequence[Batch], targets: list[list[Tensor]], students: Sequence[str], micro: int
-    ) -> Tensor:
-        images = unlabelled[micro].images
-        features = self.parts["encoder"](images)
+    def _student_updates(self, lessons: Sequence[Lesson], rate: float) -> Iterator[Update]:
+        """One update a student in turn, or one for both when fused."""
+        for students in [STUDENTS] if self.options.update == "fused" else [(student,) for student in STUDENTS]:
+            chosen = [lesson for lesson in lessons if lesson.student in students]
+            micros = range(len(chosen[0].batches))
+            counts = [torch.stack([pixel_count(lesson.labels[m]) for lesson in chosen]) for m in micros]
+            terms = tuple(lesson.term for lesson in chosen)
+            yield Update(terms, ("encoder", *students), counts, partial(self._student_sums, chosen), rate)
+
+    def _student_sums(self, lessons: Sequence[Lesson], micro: int) -> Tensor:
+        features: dict[int, Sequence[Tensor]] = {}
         losses = []
-        for student, labels in zip(students, targets, strict=True):
-            logits = self.parts[student](features, images.shape[-2:])
-            temperature = self.options.temperature if self.options.sharpen in (student, "both") else 1.0
-            losses.append(cross_entropy_sum(logits, labels[micro], temperature, self.options.loss))
+        for lesson in lessons:
+            images = lesson.batches[micro].images
+            if id(images) not in features:  # one encoder pass for both students when fused
+                features[id(images)] = self.parts["encoder"](images)
+            logits = self.parts[lesson.student](features[id(images)], images.shape[-2:])
+            losses.append(cross_entropy_sum(logits, lesson.labels[micro], lesson.temperature, self.options.loss))
         return torch.stack(losses)
 
     def _label_by_teacher(self, batch: Batch) -> Tensor:

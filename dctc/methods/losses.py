@@ -62,6 +62,32 @@ def cross_entropy_sum(logits: Tensor, target: Tensor, temperature: float = 1.0, 
         return torch.where(valid, pixels, 0.0).sum()
 
 
+def confident_cross_entropy_sum(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
+    """Summed ``-p_y^gamma log p_y``, where the weight ``p_y^gamma`` is taken as a constant (DST-CBC's dynamic weight).
+
+    A pixel whose label the net doubts counts little. ``target`` is a class map; float32 scalar.
+    """
+    log_p = sharpened_log_probabilities(logits)
+    valid = target != IGNORE
+    chosen = log_p.gather(1, torch.where(valid, target, 0)[:, None]).squeeze(1)
+    weight = (gamma * chosen.detach()).exp()
+    return torch.where(valid, -weight * chosen, 0.0).sum()
+
+
+def probability_distance_sum(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Squared distance of softmax(logits) from the probabilities ``target`` [B,K,H,W], mean over the classes, summed
+    over the pixels of ``valid`` [B,H,W]; float32 scalar. The gradient flows into ``logits`` alone."""
+    with torch.autocast(logits.device.type, enabled=False):
+        apart = torch.softmax(logits.float(), dim=1) - target.detach().float()
+        return torch.where(valid, apart.square().mean(dim=1), 0.0).sum()
+
+
+def mean_prediction(first: Tensor, second: Tensor) -> Tensor:
+    """Log of the mean of two predictions' probabilities, float32 [B,K,H,W]: logits of their ensemble."""
+    first, second = (sharpened_log_probabilities(logits) for logits in (first, second))
+    return torch.logaddexp(first, second) - math.log(2)
+
+
 def log_complement(log_p: Tensor) -> Tensor:
     """``log(1 - p)`` of each class from log-probabilities [B,K,H,W] that sum to 1 over K.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from dctc.methods.base import Batch, Method, Update
+from dctc.methods.base import Batch, Method, Round, Update
 from dctc.methods.losses import cross_entropy_sum, pixel_count
 from dctc.networks import NetworkSpec, build_network
 
@@ -30,7 +30,7 @@ class Supervised(Method):
         super().__init__({"network": build_network(spec, attention=options.attention)})
         self.options = options
 
-    def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Iterator[Update]:
+    def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Round:
         """One update on the labelled batch."""
         labels = [batch.required_labels() for batch in labelled]
 

@@ -48,7 +48,7 @@ def streams(dataset: Dataset, workers: int = 0, order: Order = "block", rounds: 
             dataset, number, rows, 8, 3, Layout(1, 0, 2), "flips", workers, not number, order, 2
         )  # fmt: skip
         for batches in stream.batches(range(rounds), CPU):
-            tensors += [tensor for batch in batches for tensor in batch if tensor is not None]
+            tensors += [tensor for batch in batches for tensor in batch if isinstance(tensor, torch.Tensor)]
     return tensors
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dctc.data.loaders import DeviceBatch, TrainingStream
+from dctc.data.loaders import StreamBatch, TrainingStream
 from dctc.data.order import LABELLED, UNLABELLED, BlockOrder, GlobalOrder, Layout, stream_slice
 from shards.errors import AccessError, InputError
 from shards.index import Index
@@ -47,10 +47,15 @@ def stream(dataset: Dataset, number: int, layout: Layout, workers: int = 0, **se
     )
 
 
-def joined(batches: list[list[DeviceBatch]]) -> list[Tensor]:
-    """Images, validity and labels of a global batch, given the micro-batches of each rank."""
-    kinds = zip(*(micro for rank in batches for micro in rank), strict=True)
-    return [torch.cat([t for t in kind if t is not None]) for kind in kinds if kind[0] is not None]
+def joined(batches: list[list[StreamBatch]]) -> list[Tensor]:
+    """Images, validity, labels, views and boxes of a global batch, given the micro-batches of each rank."""
+    micros = [micro for rank in batches for micro in rank]
+    single: list[list[Tensor | None]] = [[m.images for m in micros], [m.valid for m in micros]]
+    single.append([m.labels for m in micros])
+    for number in range(len(micros[0].views)):
+        single += [[m.views[number] for m in micros], [m.view_valid[number] for m in micros]]
+    single.append([None if m.boxes is None else m.boxes.transpose(0, 1) for m in micros])
+    return [torch.cat([t for t in kind if t is not None]) for kind in single if kind[0] is not None]
 
 
 def rounds_of(

@@ -38,11 +38,18 @@ def updater(method: Method, spec: OptimizerSpec, precision: str = "fp32") -> Upd
 
 
 def run_round(
-    method: Method, run: Any, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int
+    method: Method,
+    run: Any,
+    labelled: Sequence[Batch],
+    unlabelled: Sequence[Batch],
+    step: int,
+    all_unlabelled: Sequence[Batch] = (),
 ) -> list[Losses]:
-    """One round as the trainer makes it. ``run`` takes an update and returns its losses."""
+    """One round as the trainer makes it. ``run`` takes an update and returns its losses; a survey is over
+    ``all_unlabelled``."""
     precision = Precision("fp32", torch.device("cpu"))
-    trainer = SimpleNamespace(method=method, updater=run, precision=precision)
+    watch = SimpleNamespace(survey=lambda wanted: torch.stack([wanted.of(batch) for batch in all_unlabelled]).sum(0))
+    trainer = SimpleNamespace(method=method, updater=run, precision=precision, watch=watch)
     return Trainer.round(cast(Trainer, trainer), labelled, unlabelled, step)
 
 
@@ -62,10 +69,13 @@ def batches(step: int, count: int = 2, tile: int = 16, dtype: torch.dtype = torc
 
 
 def cut(batch: Batch, parts: int) -> list[Batch]:
-    """Micro-batches of a batch."""
+    """Micro-batches of a batch; partners and boxes are left out."""
     labels: Sequence[Tensor | None] = [None] * parts if batch.labels is None else batch.labels.chunk(parts)
     pieces = zip(batch.images.chunk(parts), batch.valid.chunk(parts), labels, strict=True)
-    return [Batch(images, valid, y) for images, valid, y in pieces]
+    return [
+        Batch(images, valid, y, [v.chunk(parts)[k] for v in batch.views], [v.chunk(parts)[k] for v in batch.view_valid])
+        for k, (images, valid, y) in enumerate(pieces)
+    ]
 
 
 def by_term(losses: Sequence[Losses]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dctc.engine.update import OptimizerSpec, Updater
 from dctc.methods import Method
+from dctc.methods.base import updates
 from dctc.networks.channel_attention import ChannelAttention
 from tests.golden.plain_loop import PlainLoop, Switches
 from tests.golden.rounds import ADAM, IGNORE, SGD, TERMS, batches, built, by_term, cut, run_round, updater, weights
@@ -183,7 +184,7 @@ def test_clipping_bounds_the_step_of_each_part() -> None:
     method = built()
     run = updater(method, replace(SGD, momentum=0.0, lr=1.0, clip=1e-3))
     labelled, unlabelled = batches(0, tile=TILE)
-    for update in method.round([labelled], [unlabelled], 0):
+    for update in updates(method.round([labelled], [unlabelled], 0)):
         before = {name: vector(method.parts[name]) for name in update.parts}
         run(update)
         for name, old in before.items():

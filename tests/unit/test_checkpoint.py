@@ -28,6 +28,7 @@ from dctc.engine.parallel import Parallel
 from dctc.engine.precision import Precision
 from dctc.engine.update import OptimizerSpec, Updater
 from dctc.methods import Batch, Method, build_method
+from dctc.methods.base import updates
 from dctc.networks import NetworkSpec
 from shards.errors import InputError
 
@@ -55,7 +56,7 @@ class Session:
             labels = torch.randint(0, 3, (2, 16, 16), generator=generator)
             valid = torch.ones(2, 16, 16, dtype=torch.bool)
             labelled, unlabelled = Batch(images, valid, labels), Batch(images.flip(-1), valid)
-            for update in self.method.round([labelled], [unlabelled], self.progress.rounds):
+            for update in updates(self.method.round([labelled], [unlabelled], self.progress.rounds)):
                 self.updater(update)
             self.progress.rounds += 1
 

@@ -17,6 +17,7 @@ from dctc.engine.meters import IN_A_ROW, Compute, Meters
 from dctc.engine.parallel import Parallel
 from dctc.engine.profile import Profile
 from dctc.engine.update import Losses
+from dctc.methods.base import updates
 from tests.golden.rounds import ADAM, batches, built, updater
 
 
@@ -111,7 +112,7 @@ def test_norms_and_forward_time_are_measured_when_asked_for() -> None:
     for measure in (False, True):
         engine.measure = measure
         norms: dict[str, float] = {}
-        for update in method.round([labelled], [unlabelled], 0):
+        for update in updates(method.round([labelled], [unlabelled], 0)):
             norms |= {name: float(norm) for name, norm in engine(update).norms.items()}
         assert set(norms) == (set(method.parts) if measure else set())
         assert (engine.clock.read() > 0) == measure

@@ -15,6 +15,7 @@ from dctc.engine.precision import LossScale, Precision, UnsupportedPrecision
 from dctc.engine.recompute import recompute_blocks
 from dctc.engine.update import Losses, OptimizerSpec, Updater
 from dctc.methods import Batch, Method
+from dctc.methods.base import updates
 from tests.golden.rounds import SGD, batches, built
 
 CPU = torch.device("cpu")
@@ -25,7 +26,7 @@ def updater(method: Method, spec: OptimizerSpec = SGD, dtype: str = "fp32") -> U
 
 
 def run_round(method: Method, engine: Updater, labelled: Batch, unlabelled: Batch, step: int = 0) -> list[Losses]:
-    return [engine(update) for update in method.round([labelled], [unlabelled], step)]
+    return [engine(update) for update in updates(method.round([labelled], [unlabelled], step))]
 
 
 def state(method: Method, engine: Updater) -> dict[str, Tensor]:
@@ -90,7 +91,7 @@ def test_an_overflow_leaves_everything_as_it_was_and_halves_the_scale() -> None:
     scale.value, scale.since = 2.0**40, 5  # the largest fp16 is 65504
     before = state(method, engine)
     labelled, unlabelled = batches(1)
-    losses = engine(next(method.round([labelled], [unlabelled], 1)))
+    losses = engine(next(updates(method.round([labelled], [unlabelled], 1))))
     assert losses.skipped
     assert torch.isfinite(losses.shares).all(), "the loss itself is fine"
     assert (scale.value, scale.since) == (2.0**39, 0)

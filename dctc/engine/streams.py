@@ -1,0 +1,64 @@
+"""Which tiles a run reads: its two training streams, and what is looked at beside the training."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+
+from dctc.config import Config
+from dctc.data.augment import BoxSpec
+from dctc.data.loaders import TrainingStream
+from dctc.data.order import LABELLED, Indices, Layout
+from dctc.engine.watch import PROBE_TILES
+from dctc.methods.base import Needs
+from shards.index import Index
+from shards.manifest import Dataset
+
+
+def training_stream(
+    config: Config, dataset: Dataset, layout: Layout, number: int, rows: Indices, needs: Needs
+) -> TrainingStream:
+    """Stream ``number`` over ``rows``, with what the method needs of it."""
+    labelled = number == LABELLED
+    return TrainingStream(
+        dataset=dataset,
+        number=number,
+        rows=rows,
+        batch=config.data.batch_labelled if labelled else config.data.batch_unlabelled,
+        seed=config.run.seed,
+        layout=layout,
+        augment=config.data.augment,
+        cutmix=config.data.cutmix and labelled,
+        workers=config.data.workers,
+        labels=labelled,
+        order=config.data.resolved_order,
+        mix=config.data.mix,
+        substitute=config.data.on_damage == "substitute",
+        prefetch=config.data.prefetch,
+        views=needs.views,
+        boxes=None if needs.boxes is None else BoxSpec(**asdict(needs.boxes)),
+    )
+
+
+def watched_rows(
+    dataset: Dataset, index: Index, labelled: Indices, unlabelled: Indices, pictures: int
+) -> dict[str, Indices]:
+    """Fixed samples spread evenly over their sets, so that curves and pictures always show the same tiles.
+
+    A split without a label cannot be scored: it has no rows here.
+    """
+    scored = dataset.manifest.splits
+    val, test = (index.rows(split) if scored[split].labelled else labelled[:0] for split in ("val", "test"))
+    return {
+        "val": val,
+        "test": test,
+        "labelled": labelled,
+        "unlabelled": unlabelled,
+        "probe": _spread(unlabelled, PROBE_TILES),
+        "pictures": _spread(next(rows for rows in (val, unlabelled) if len(rows)), pictures),
+    }
+
+
+def _spread(rows: Indices, count: int) -> Indices:
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(np.int64)]

@@ -1,0 +1,96 @@
+"""Mean Teacher: a student that must agree with the moving average of its own weights (Tarvainen and Valpola, 2017).
+
+One round: ``L = CE(student(a(x_l)), y) + w(t) MSE(softmax student(a(x)), softmax ema(b(x)))`` over labelled and
+unlabelled tiles x, with a and b two independent photometric views of one geometry; then the average follows,
+``ema = alpha ema + (1 - alpha) student`` with alpha = min(1 - 1/(t+1), cap). Written from the paper's formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from dctc.methods.base import IGNORE, Batch, Follow, Method, Needs, Round, Update, inference
+from dctc.methods.losses import cross_entropy_sum, pixel_count, probability_distance_sum, ramp_up
+from dctc.networks import NetworkSpec, build_network
+
+
+@dataclass(frozen=True)
+class Options:
+    """Switches.
+
+    Attributes:
+        weight: w of the consistency, reached after the ramp.
+        ramp: share of the rounds over which it grows as exp(-5(1-t)^2).
+        cap: largest alpha. A run of fewer than some thousand rounds needs less than 0.999, which averages over a
+            thousand rounds.
+        loss: as in :mod:`dctc.methods.dctc`.
+    """
+
+    weight: float = 10.0
+    ramp: float = 0.4
+    cap: float = 0.999
+    loss: Literal["multiclass", "binary"] = "multiclass"
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"weight must be at least 0, got {self.weight}")
+        for name in ("ramp", "cap"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
+
+class MeanTeacher(Method):
+    """Parts: ``s1``, the student, and ``ema``, the average of its weights and batch-norm statistics.
+
+    The average labels in evaluation mode; it is the net that is tested.
+    """
+
+    headline: ClassVar[str] = "ema"
+
+    def __init__(self, spec: NetworkSpec, options: Options) -> None:
+        student, average = build_network(spec), build_network(spec)
+        average.load_state_dict(student.state_dict())
+        super().__init__({"s1": student, "ema": average})
+        self.options = options
+        self.labelled_needs = self.unlabelled_needs = Needs(views=2)
+
+    def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Round:
+        """One update of the student, then the average follows."""
+        labels = [torch.where(b.view_valid[0], b.required_labels(), IGNORE) for b in labelled]
+        weight = self.options.weight * ramp_up(step, 0, round(self.options.ramp * self.length.rounds))
+
+        def sums(micro: int) -> Tensor:
+            logits = self.parts["s1"](labelled[micro].views[0])
+            supervised = cross_entropy_sum(logits, labels[micro], kind=self.options.loss)
+            consistency = self._apart(logits, labelled[micro])
+            consistency = consistency + self._apart(self.parts["s1"](unlabelled[micro].views[0]), unlabelled[micro])
+            return torch.stack([supervised, weight * consistency])
+
+        counts = [
+            torch.stack([pixel_count(y), (_seen(a).sum() + _seen(b).sum()).float()])
+            for y, a, b in zip(labels, labelled, unlabelled, strict=True)
+        ]
+        yield Update(("supervised", "consistency"), ("s1",), counts, sums)
+        yield Follow("ema", "s1", keep=min(1 - 1 / (step + 1), self.options.cap))
+
+    def logits(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits of the student and of the average."""
+        return {name: self.parts[name](images) for name in ("s1", "ema")}
+
+    def _apart(self, logits: Tensor, batch: Batch) -> Tensor:
+        """How far the student's prediction of one view is from the average's of the other."""
+        with inference(self.parts["ema"]):
+            expected = torch.softmax(self.parts["ema"](batch.views[1]).float(), dim=1)
+        return probability_distance_sum(logits, expected, _seen(batch))
+
+
+def _seen(batch: Batch) -> Tensor:
+    return batch.view_valid[0] & batch.view_valid[1]
+
+
+build = MeanTeacher

@@ -184,12 +184,33 @@ class Method(ABC):
         """The steps of round ``step`` (from 0), in order, over the micro-batches of both streams of this rank.
 
         The engine makes each step before it asks for the next one, so what stands between two ``yield`` sees the
-        parameters as the last step left them.
+        parameters as the last step left them. The sums of an update call a part that steps once: DeepSpeed's engines
+        reduce no gradient of a part that was called twice. Tiles of both streams go through it :func:`together`.
         """
 
     @abstractmethod
     def logits(self, images: Tensor) -> dict[str, Tensor]:
         """Net name -> float logits [B,classes,H,W] of normalised images [B,bands,H,W]."""
+
+
+def together(network: Callable[[Tensor], Any], *images: Tensor) -> list[Any]:
+    """The outputs of ``network`` for each of ``images`` [B_i,bands,H,W], from one call with all of them as one batch.
+
+    Batch norm sees them as one batch, too. An output is a tensor, or a tuple of tensors, whose first axis is cut.
+    """
+    return cut(network(joined(images)), [len(batch) for batch in images])
+
+
+def joined(images: Sequence[Tensor]) -> Tensor:
+    """Batches as one batch, in their memory format."""
+    return images[0] if len(images) == 1 else torch.cat(list(images))
+
+
+def cut(outputs: Any, sizes: Sequence[int]) -> list[Any]:
+    """A net's output for one batch, a tensor or a tuple of tensors, as outputs for batches of ``sizes``."""
+    if isinstance(outputs, Tensor):
+        return list(torch.split(outputs, list(sizes)))
+    return list(zip(*(torch.split(output, list(sizes)) for output in outputs), strict=True))
 
 
 def updates(steps: Round) -> Iterator[Update]:

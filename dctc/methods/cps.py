@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dctc.methods.base import Batch, Boxes, Method, Needs, Round, Update, inference
+from dctc.methods.base import Batch, Boxes, Method, Needs, Round, Update, inference, together
 from dctc.methods.losses import cross_entropy_sum, mean_prediction, pixel_count, pseudo_label
 from dctc.networks import NetworkSpec, build_network
 
@@ -53,18 +53,27 @@ class CrossPseudoSupervision(Method):
     def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Round:
         """One update of both nets."""
         labels = [batch.required_labels() for batch in labelled]
-        cross = self._mixed if self.options.cutmix else self._plain
 
         def sums(micro: int) -> Tensor:
-            known = [self.parts[name](labelled[micro].images) for name in NETS]
-            supervised = [cross_entropy_sum(z, labels[micro], kind=self.options.loss) for z in known]
-            taught = cross(known, labelled[micro], unlabelled[micro])
-            return torch.stack([*supervised, *(self.options.weight * loss for loss in taught)])
+            known, unknown = labelled[micro], unlabelled[micro]
+            cutmix = self.options.cutmix
+            taught = self._label(unknown) if cutmix else []
+            images = unknown.mixed(unknown.images) if cutmix else unknown.images
+            logits = [together(self.parts[name], known.images, images) for name in NETS]
+            losses = [self._loss(of_known, labels[micro]) for of_known, _ in logits]
+            for mine, other in ((0, 1), (1, 0)):
+                if cutmix:
+                    cross = self._loss(logits[mine][1], taught[other])
+                else:
+                    said = [
+                        pseudo_label(z.detach(), b.valid) for z, b in zip(logits[other], (known, unknown), strict=True)
+                    ]
+                    cross = self._loss(logits[mine][0], said[0]) + self._loss(logits[mine][1], said[1])
+                losses.append(self.options.weight * cross)
+            return torch.stack(losses)
 
         def count(y: Tensor, known: Batch, unknown: Batch) -> Tensor:
-            seen = (
-                unknown.mixed(unknown.valid).sum() if self.options.cutmix else known.valid.sum() + unknown.valid.sum()
-            )
+            seen = unknown.mixed(unknown.valid) if self.options.cutmix else torch.cat([known.valid, unknown.valid])
             return torch.stack([pixel_count(y)] * 2 + [seen.sum().float()] * 2)
 
         counts = [count(*micro) for micro in zip(labels, labelled, unlabelled, strict=True)]
@@ -75,25 +84,11 @@ class CrossPseudoSupervision(Method):
         s1, s2 = (self.parts[name](images) for name in NETS)
         return {"s1": s1, "s2": s2, "mean": mean_prediction(s1, s2)}
 
-    def _plain(self, known: Sequence[Tensor], labelled: Batch, unlabelled: Batch) -> list[Tensor]:
-        """The cross terms of s1 and of s2 on all tiles; ``known``: both nets' logits of the labelled ones."""
-        unknown = [self.parts[name](unlabelled.images) for name in NETS]
-        losses = []
-        for mine, other in ((0, 1), (1, 0)):
-            pairs = ((known, labelled), (unknown, unlabelled))
-            targets = [pseudo_label(logits[other].detach(), batch.valid) for logits, batch in pairs]
-            terms = [self._loss(logits[mine], y) for (logits, _), y in zip(pairs, targets, strict=True)]
-            losses.append(terms[0] + terms[1])
-        return losses
-
-    def _mixed(self, known: Sequence[Tensor], labelled: Batch, unlabelled: Batch) -> list[Tensor]:
-        """The cross terms of s1 and of s2 on mixed unlabelled tiles."""
+    def _label(self, batch: Batch) -> list[Tensor]:
+        """What each net says of unlabelled tiles as they are, mixed as their images will be."""
         modules = [self.parts[name] for name in NETS]
         with inference(*modules):
-            said = [pseudo_label(module(unlabelled.images), unlabelled.valid) for module in modules]
-        y1, y2 = (unlabelled.mixed(y) for y in said)
-        images = unlabelled.mixed(unlabelled.images)
-        return [self._loss(module(images), y) for module, y in zip(modules, (y2, y1), strict=True)]
+            return [batch.mixed(pseudo_label(module(batch.images), batch.valid)) for module in modules]
 
     def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
         return cross_entropy_sum(logits, target, kind=self.options.loss)

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dctc.methods.base import Batch, Method, Round, Update, inference
+from dctc.methods.base import Batch, Method, Round, Update, cut, inference, joined
 from dctc.methods.losses import cross_entropy_sum, mean_prediction, pixel_count, pseudo_label, ramp_up
 from dctc.networks import NetworkSpec, build_decoder, build_encoder, build_network
 
@@ -140,13 +140,15 @@ class DCTC(Method):
             yield Update(terms, ("encoder", *students), counts, partial(self._student_sums, chosen), rate)
 
     def _student_sums(self, lessons: Sequence[Lesson], micro: int) -> Tensor:
-        features: dict[int, Sequence[Tensor]] = {}
+        """One pass of the encoder over all tiles that are learnt from, and one of each student's decoder."""
+        micros = {id(lesson.batches): lesson.batches[micro].images for lesson in lessons}
+        images = joined(list(micros.values()))
+        features = self.parts["encoder"](images)
+        outputs = {s: self.parts[s](features, images.shape[-2:]) for s in dict.fromkeys(x.student for x in lessons)}
         losses = []
         for lesson in lessons:
-            images = lesson.batches[micro].images
-            if id(images) not in features:  # one encoder pass for both students when fused
-                features[id(images)] = self.parts["encoder"](images)
-            logits = self.parts[lesson.student](features[id(images)], images.shape[-2:])
+            place = list(micros).index(id(lesson.batches))
+            logits = cut(outputs[lesson.student], [len(batch) for batch in micros.values()])[place]
             losses.append(cross_entropy_sum(logits, lesson.labels[micro], lesson.temperature, self.options.loss))
         return torch.stack(losses)
 

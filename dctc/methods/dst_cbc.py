@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dctc.methods.base import IGNORE, Batch, Follow, Method, Restart, Round, Survey, Update, inference
+from dctc.methods.base import IGNORE, Batch, Follow, Method, Restart, Round, Survey, Update, inference, together
 from dctc.methods.losses import confident_cross_entropy_sum, cross_entropy_sum, pixel_count
 from dctc.networks import NetworkSpec, build_network
 
@@ -95,11 +95,12 @@ class DSTCBC(Method):
             counts = [known + pixel_count(y) for known, (_, y) in zip(counts, taught, strict=True)]
 
         def sums(micro: int) -> Tensor:
-            total = cross_entropy_sum(self.parts["s1"](labelled[micro].images), labels[micro])
-            if taught:
-                batch, y = taught[micro]
-                total = total + confident_cross_entropy_sum(self.parts["s1"](batch.images), y, self.options.gamma)
-            return total[None]
+            if not taught:
+                return cross_entropy_sum(self.parts["s1"](labelled[micro].images), labels[micro])[None]
+            batch, y = taught[micro]
+            known, unknown = together(self.parts["s1"], labelled[micro].images, batch.images)
+            total = cross_entropy_sum(known, labels[micro])
+            return (total + confident_cross_entropy_sum(unknown, y, self.options.gamma))[None]
 
         return Update(("self_training" if taught else "supervised",), ("s1",), [n[None] for n in counts], sums)
 

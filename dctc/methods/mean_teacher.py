@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from dctc.methods.base import IGNORE, Batch, Follow, Method, Needs, Round, Update, inference
+from dctc.methods.base import IGNORE, Batch, Follow, Method, Needs, Round, Update, inference, together
 from dctc.methods.losses import cross_entropy_sum, pixel_count, probability_distance_sum, ramp_up
 from dctc.networks import NetworkSpec, build_network
 
@@ -65,10 +65,10 @@ class MeanTeacher(Method):
         weight = self.options.weight * ramp_up(step, 0, round(self.options.ramp * self.length.rounds))
 
         def sums(micro: int) -> Tensor:
-            logits = self.parts["s1"](labelled[micro].views[0])
-            supervised = cross_entropy_sum(logits, labels[micro], kind=self.options.loss)
-            consistency = self._apart(logits, labelled[micro])
-            consistency = consistency + self._apart(self.parts["s1"](unlabelled[micro].views[0]), unlabelled[micro])
+            batches = labelled[micro], unlabelled[micro]
+            known, unknown = together(self.parts["s1"], *(batch.views[0] for batch in batches))
+            supervised = cross_entropy_sum(known, labels[micro], kind=self.options.loss)
+            consistency = self._apart(known, batches[0]) + self._apart(unknown, batches[1])
             return torch.stack([supervised, weight * consistency])
 
         counts = [

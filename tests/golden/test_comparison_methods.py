@@ -110,10 +110,10 @@ def mean_teacher_loop(parts: Mapping[str, nn.Module]) -> History:
         t = min(1.0, step / 8)  # 0.4 * 20 rounds
         w = 10 * math.exp(-5 * (1 - t) ** 2)
         y = labelled.required_labels().where(labelled.view_valid[0], IGNORE)
-        z = student(labelled.views[0])
-        supervised = cross_entropy(z, y)
+        z = student(torch.cat([labelled.views[0], unlabelled.views[0]]))  # batch norm sees both
+        supervised = cross_entropy(z[:2], y)
         apart, count = torch.zeros((), dtype=EXACT), 0
-        for logits, batch in ((z, labelled), (student(unlabelled.views[0]), unlabelled)):
+        for logits, batch in ((z[:2], labelled), (z[2:], unlabelled)):
             both = batch.view_valid[0] & batch.view_valid[1]
             squares = (torch.softmax(logits, 1) - predict(average, batch.views[1])) ** 2
             apart = apart + (squares.sum(1) / CLASSES * both).sum()
@@ -139,8 +139,6 @@ def cps_loop(parts: Mapping[str, nn.Module], cutmix: bool) -> History:
     for step in range(ROUNDS):
         labelled, unlabelled = data(step)
         y = labelled.required_labels()
-        known = [net(labelled.images) for net in nets]
-        supervised = [cross_entropy(z, y) for z in known]
         if cutmix:
             assert unlabelled.boxes is not None
             inside = unlabelled.boxes[0]
@@ -148,11 +146,14 @@ def cps_loop(parts: Mapping[str, nn.Module], cutmix: bool) -> History:
             mixed = torch.where(inside[:, None], swapped, unlabelled.images)
             said = [hard(predict(net, unlabelled.images), unlabelled.valid) for net in nets]
             labels = [torch.where(inside, s.flip(0), s) for s in said]
-            logits = [net(mixed) for net in nets]
+            everything = [net(torch.cat([labelled.images, mixed])) for net in nets]
+            logits = [z[2:] for z in everything]
         else:
-            logits = [torch.cat([a, net(unlabelled.images)]) for a, net in zip(known, nets, strict=True)]
+            everything = [net(torch.cat([labelled.images, unlabelled.images])) for net in nets]
+            logits = everything
             valid = torch.cat([labelled.valid, unlabelled.valid])
             labels = [hard(z.detach(), valid) for z in logits]
+        supervised = [cross_entropy(z[:2], y) for z in everything]
         cross = [weight * cross_entropy(logits[0], labels[1]), weight * cross_entropy(logits[1], labels[0])]
         step_all(sum([*supervised, *cross], torch.zeros(())), optimizers)
         values = [loss.item() for loss in (*supervised, *cross)]
@@ -184,11 +185,15 @@ def dst_cbc_loop(parts: Mapping[str, nn.Module], restart: bool) -> History:
             least = top_share(labeller, 0.5 if step == 4 else 1.0)
             optimizers = adam(net) if restart else optimizers
         y = labelled.required_labels()
-        total, count = pixels(net(labelled.images), y).sum(), (y != IGNORE).sum()
-        if step >= 4:
+        count = (y != IGNORE).sum()
+        if step < 4:
+            total = pixels(net(labelled.images), y).sum()
+        else:
+            z = net(torch.cat([labelled.images, unlabelled.images]))
+            total = pixels(z[:2], y).sum()
             confidence, classes = predict(labeller, unlabelled.images).max(1)
             pseudo = classes.where(unlabelled.valid & (confidence >= torch.tensor(least, dtype=EXACT)[classes]), IGNORE)
-            ce = pixels(net(unlabelled.images), pseudo)
+            ce = pixels(z[2:], pseudo)
             total = total + (torch.exp(-ce.detach()) ** 9 * ce).sum()
             count = count + (pseudo != IGNORE).sum()
         step_all(total / count, optimizers)

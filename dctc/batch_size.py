@@ -111,8 +111,11 @@ class Search:
         """The smallest pair of tiles in the configuration's proportion."""
         data = self.config.data
         divisor = math.gcd(data.batch_labelled, data.batch_unlabelled)
-        pairs = 2 if data.cutmix and (data.batch_labelled // divisor) % 2 else 1
-        return data.batch_labelled // divisor * pairs, data.batch_unlabelled // divisor * pairs
+        labelled, unlabelled = data.batch_labelled // divisor, data.batch_unlabelled // divisor
+        options = parse_options(self.config.method.name, self.config.method.options)
+        mixed = (data.cutmix and labelled % 2) or (getattr(options, "cutmix", False) and unlabelled % 2)
+        pairs = 2 if mixed else 1
+        return labelled * pairs, unlabelled * pairs
 
     def _all_phases(self) -> list[str]:
         """Settings that make a phase which begins later begin at once: it takes memory, too."""

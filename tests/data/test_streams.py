@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dctc.data.augment import BoxSpec
 from dctc.data.loaders import StreamBatch, TrainingStream
 from dctc.data.order import LABELLED, UNLABELLED, BlockOrder, GlobalOrder, Layout, stream_slice
 from shards.errors import AccessError, InputError
@@ -102,6 +103,26 @@ def test_resumed_at_every_round_on_other_layouts_twice_in_a_row(packed: Packed, 
                     shape = shapes[(first + second + place) % len(shapes)]
                     parts += rounds_of(packed, UNLABELLED, shape, part, order=order, augment="flips")
             assert_same(whole, parts)
+
+
+def test_views_and_boxes_are_the_same_on_every_layout(packed: Packed) -> None:
+    """What methods ask of the unlabelled stream, in the geometry of a weak view."""
+    settings: Settings = {"augment": "weak", "views": 2, "boxes": BoxSpec(3, 0.25, 0.5)}
+    one = rounds_of(packed, UNLABELLED, LAYOUTS[0], range(2), **settings)
+    shape_of = one[0][0].shape
+    assert [tensor.shape for tensor in one[0][2::2]] == [shape_of, shape_of, (BATCH, 2, *shape_of[2:])]
+    for shape in LAYOUTS[1:]:
+        assert_same(one, rounds_of(packed, UNLABELLED, shape, range(2), **settings))
+    images, _, first, seen, second, _, boxes = one[0]
+    assert not torch.equal(first, second)
+    assert not torch.equal(boxes[:, 0], boxes[:, 1]), "each view has boxes of its own"
+    brightness = [tensor.mean(dim=1)[seen] for tensor in (images, first)]
+    assert torch.corrcoef(torch.stack(brightness))[0, 1] > 0.5, "a view lies pixel by pixel on the image"
+
+
+def test_boxes_need_pairs(packed: Packed) -> None:
+    with pytest.raises(InputError, match=r"pairs the tiles .* and 3 is odd: make data\.batch_unlabelled"):
+        stream(packed, UNLABELLED, Layout(4, 0, 1), boxes=BoxSpec(3, 0.25, 0.5))
 
 
 def test_a_stream_may_be_read_again_with_workers(packed: Packed) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import interrupt, launch, launch_arguments, run, write_config
+from dctc.engine.checkpoint import read_progress
+from tests.tiny import interrupt, launch, launch_arguments, losses, run, write_config
 from tests.weights import assert_same_weights, folder_of
 
 ROUNDS = {"rounds": 12}
@@ -46,6 +47,48 @@ def test_sigterm_leaves_a_complete_checkpoint_and_exit_code_75(
     assert (folder / "checkpoints" / "latest").read_text().startswith("step-")
     run("dctc", "train", config)
     assert_same_weights(folder, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        ("dst_cbc", []),  # its stages begin in rounds 2, 4, 6, 8 and 10: it is killed within one, and goes on in it
+        pytest.param("mean_teacher", [], marks=pytest.mark.matrix),
+        pytest.param("cps", ["method.cutmix=true"], marks=pytest.mark.matrix),
+        pytest.param("dctc", ["method.round=epoch", "data.augment=strong"], marks=pytest.mark.matrix),
+    ],
+)
+def test_each_method_goes_on_where_it_was(tmp_path: Path, tiny_dataset: Path, method: str, keys: list[str]) -> None:
+    configs = [
+        write_config(tmp_path / f"{name}.yaml", tiny_dataset, method, schedule=ROUNDS, run={"keep": 12})
+        for name in ("whole", "killed")
+    ]
+    whole, folder = map(folder_of, configs)
+    run("dctc", "train", configs[0], *keys)
+    interrupt(["dctc", "train", configs[1], *keys], signal.SIGKILL, folder / "checkpoints" / "step-00000005")
+    run("dctc", "train", configs[1], *keys)
+    assert_same_weights(folder, whole)
+    memories = [read_progress(path / "checkpoints" / "step-00000012").memory for path in (whole, folder)]
+    assert memories[0] == memories[1]
+    assert bool(memories[0]) == (method == "dst_cbc")
+
+
+def test_thresholds_and_weights_of_self_training_are_the_same_on_two_ranks(tmp_path: Path, tiny_dataset: Path) -> None:
+    """The histograms of confidence are summed over the ranks, so each has those of the whole unlabelled set."""
+    configs = [
+        write_config(
+            tmp_path / f"{name}.yaml", tiny_dataset, "dst_cbc", schedule={"rounds": 3},
+            optimizer={"name": "sgd", "lr": 0.01}, evaluation={"batch": 2},
+        )
+        for name in ("one", "two")
+    ]  # fmt: skip
+    for processes, config in enumerate(configs, 1):
+        launch(processes, config, "method.stages=2", "method.start=0.34")
+    one, two = map(folder_of, configs)
+    thresholds = [read_progress(folder / "checkpoints" / "step-00000003").memory["thresholds"] for folder in (one, two)]
+    assert thresholds[0] == thresholds[1]
+    assert any(thresholds[0]), "the last stage takes all pixels, down to the least confident one"
+    assert losses(one)[-1] == pytest.approx(losses(two)[-1], rel=1e-5)
 
 
 def test_two_processes_killed_and_run_again(tmp_path: Path, tiny_dataset: Path) -> None:

@@ -30,6 +30,8 @@ class Switches:
     ramp: tuple[int, int] = (0, 0)
     sgd: bool = False
     clip: float | None = None
+    epoch: int | None = None  # rounds of one, each of a single phase
+    labels: bool = False  # students see labels in phase 2
 
 
 class PlainLoop:
@@ -47,14 +49,17 @@ class PlainLoop:
 
     def round(self, labelled: Batch, unlabelled: Batch, step: int) -> dict[str, float]:
         """The losses of round ``step`` by term."""
+        only = None if self.switches.epoch is None else step // self.switches.epoch % 3
         y = labelled.required_labels()
         truth = nn.functional.one_hot(y.where(y != IGNORE, 0), CLASSES).movedim(-1, 1).double() * (y != IGNORE)[:, None]
-        loss = self.loss(self.nets["teacher"](labelled.images), truth, 1.0)  # equation 9 has no sharpening
-        self.step(loss, ["teacher"])
-        values = {"teacher": loss.item()}
+        values = {}
+        if only in (None, 0):
+            loss = self.loss(self.nets["teacher"](labelled.images), truth, 1.0)  # equation 9 has no sharpening
+            self.step(loss, ["teacher"])
+            values["teacher"] = loss.item()
         x, valid = unlabelled.images, unlabelled.valid
         for phase, names in enumerate((TERMS[1:3], TERMS[3:5])):
-            if not (weight := self.weight(phase, step)):
+            if not (weight := self.weight(phase, step)) or only not in (None, phase + 1):
                 continue
             for net in self.nets.values():
                 net.eval()
@@ -63,7 +68,9 @@ class PlainLoop:
                 targets = [self.pseudo(z, valid) for z in said]
             for net in self.nets.values():
                 net.train()
-            values |= dict(zip(names, self.teach(x, targets, weight), strict=True))
+            known = (labelled.images, truth) if self.switches.labels and phase == 0 else None
+            names = (*names, *(("labels_to_s1", "labels_to_s2") if known else ()))
+            values |= dict(zip(names, self.teach(x, targets, weight, known), strict=True))
         return values
 
     def student(self, number: int, x: Tensor) -> Tensor:
@@ -94,21 +101,28 @@ class PlainLoop:
             return 0.0
         return math.exp(-5 * (1 - (step - start) / ramp) ** 2) if step - start < ramp else 1.0
 
-    def teach(self, x: Tensor, targets: Sequence[Tensor], weight: float) -> list[float]:
-        """One phase: S1 on the first target, S2 on the second."""
+    def teach(
+        self, x: Tensor, targets: Sequence[Tensor], weight: float, known: tuple[Tensor, Tensor] | None
+    ) -> list[float]:
+        """One phase: S1 on the first target, S2 on the second, both on ``known`` images and truth where there are
+        some, which go through the nets beside x."""
         sharp = [self.switches.temperature if self.switches.sharpen in (s, "both") else 1.0 for s in ("s1", "s2")]
+        images = x if known is None else torch.cat([x, known[0]])
+
+        def losses(number: int, logits: Tensor) -> list[Tensor]:
+            found = [self.loss(logits[: len(x)], targets[number - 1], sharp[number - 1])]
+            return found if known is None else [*found, self.loss(logits[len(x) :], known[1], 1.0)]
+
+        pairs = []
         if self.switches.fused:
-            features = self.nets["encoder"](x)
-            logits = [self.nets[s](features, x.shape[-2:]) for s in ("s1", "s2")]
-            pair = [self.loss(z, y, t) for z, y, t in zip(logits, targets, sharp, strict=True)]
-            self.step(pair[0] + pair[1], ["encoder", "s1", "s2"], weight)
-            return [value.item() for value in pair]
-        values = []
-        for number in (1, 2):
-            loss = self.loss(self.student(number, x), targets[number - 1], sharp[number - 1])
-            self.step(loss, ["encoder", f"s{number}"], weight)
-            values.append(loss.item())
-        return values
+            features = self.nets["encoder"](images)
+            pairs = [losses(n, self.nets[f"s{n}"](features, x.shape[-2:])) for n in (1, 2)]
+            self.step(torch.stack([loss for pair in pairs for loss in pair]).sum(), ["encoder", "s1", "s2"], weight)
+        else:
+            for number in (1, 2):
+                pairs.append(losses(number, self.student(number, images)))
+                self.step(torch.stack(pairs[-1]).sum(), ["encoder", f"s{number}"], weight)
+        return [loss.item() for kind in zip(*pairs, strict=True) for loss in kind]
 
     def step(self, loss: Tensor, names: Sequence[str], rate: float = 1.0) -> None:
         """One step of the named nets at ``rate`` times the learning rate; each net's gradient clipped alone."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dctc.engine.update import OptimizerSpec, Updater
 from dctc.methods import Method
-from dctc.methods.base import updates
+from dctc.methods.base import Length, updates
 from dctc.networks.channel_attention import ChannelAttention
 from tests.golden.plain_loop import PlainLoop, Switches
 from tests.golden.rounds import ADAM, IGNORE, SGD, TERMS, batches, built, by_term, cut, run_round, updater, weights
@@ -71,6 +71,9 @@ SWITCHES: list[tuple[str, dict[str, Any], Switches]] = [
     ("soft", {"pseudo_label": "soft"}, Switches(soft=True)),
     ("soft binary", {"pseudo_label": "soft", "loss": "binary"}, Switches(soft=True, loss="binary")),
     ("fused", {"update": "fused"}, Switches(fused=True)),
+    ("epochs", {"round": "epoch"}, Switches(epoch=2)),
+    ("labels", {"labels_for_students": True}, Switches(labels=True)),
+    ("labels fused", {"labels_for_students": True, "update": "fused"}, Switches(labels=True, fused=True)),
     ("starts", {"phase2_start": 1, "phase3_start": 2}, Switches(start=(1, 2))),
     ("ramps", {"phase2_ramp": 3, "phase3_start": 1, "phase3_ramp": 2}, Switches(start=(0, 1), ramp=(3, 2))),
 ]
@@ -79,8 +82,10 @@ SWITCHES: list[tuple[str, dict[str, Any], Switches]] = [
 @pytest.mark.parametrize(("options", "switches"), [case[1:] for case in SWITCHES], ids=[case[0] for case in SWITCHES])
 def test_every_switch(options: dict[str, Any], switches: Switches) -> None:
     method = built(dtype=EXACT, **options)
-    expected = plain_losses(method.parts, switches, 4)
-    assert_same(engine_losses(method, updater(method, ADAM), 4), expected)
+    method.length = Length(8, 2)
+    rounds = 8 if switches.epoch else 4  # the phases come again after three epochs
+    expected = plain_losses(method.parts, switches, rounds)
+    assert_same(engine_losses(method, updater(method, ADAM), rounds), expected)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dctc.data.augment import CUTMIX_VIEW, Kind, View, cutmix_masks, mix, partners
+from dctc.data.augment import BOXES_VIEW, CUTMIX_VIEW, BoxSpec, Kind, View, box_masks, cutmix_masks, mix, partners
 from dctc.data.geometry import rescale
 from dctc.data.order import augmentation_words
 
@@ -201,3 +201,49 @@ def test_mixing_takes_the_partner_inside_the_box() -> None:
             box = masks[sample].expand_as(tensor[sample])
             assert torch.equal(mixed[sample][box], tensor[sample ^ 1][box])
             assert torch.equal(mixed[sample][~box], tensor[sample][~box])
+
+
+# ---- boxes of a method
+
+
+CPU = torch.device("cpu")
+
+
+def test_several_boxes_against_the_formula() -> None:
+    positions, rows = torch.arange(10, 20), torch.arange(10)
+    masks = box_masks(BoxSpec(3, 0.25, 0.5), (5, 1, 1), positions, rows, 40, CPU)
+    words = augmentation_words(5, 1, positions.numpy(), 10, BOXES_VIEW + 1)
+    for sample in range(10):
+        u = [int(word) // 2**11 / 2**53 for word in words[sample]]
+        area = (0.25 + 0.25 * u[0]) / 3
+        expected = np.zeros((40, 40), dtype=bool)
+        for box in range(3):
+            height, width = round(40 * area ** u[1 + box]), round(40 * area ** (1 - u[1 + box]))
+            top, left = int(u[4 + 2 * box] * (40 - height + 1)), int(u[5 + 2 * box] * (40 - width + 1))
+            expected[top : top + height, left : left + width] = True
+        assert np.array_equal(masks[sample].numpy(), expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    count=st.integers(1, 5),
+    ends=st.tuples(st.floats(0.0625, 1), st.floats(0.0625, 1)).map(sorted),
+    size=st.sampled_from([16, 33, 64]),
+)
+def test_boxes_cover_no_more_than_they_may(count: int, ends: list[float], size: int) -> None:
+    """Less where they overlap, and up to half a pixel more a side by rounding."""
+    spec, rows = BoxSpec(count, *ends), torch.arange(40)
+    masks = box_masks(spec, (0, 1, 0), rows, rows, size, CPU)
+    share = masks.float().mean(dim=(1, 2))
+    assert float(share.max()) <= ends[1] + count * 1.5 / size
+    assert float(share.max()) > 0
+    alone = box_masks(spec, (0, 1, 0), rows[6:8], rows[6:8], size, CPU)
+    assert torch.equal(alone, masks[6:8]), "a sample's boxes do not depend on its batch"
+    assert not torch.equal(box_masks(spec, (0, 1, 1), rows, rows, size, CPU), masks), "each view has its own"
+
+
+def test_boxes_never_mix_a_tile_with_itself() -> None:
+    rows = torch.tensor([4, 4, 1, 2, 9, 9])
+    masks = box_masks(BoxSpec(3, 0.25, 0.5), (0, 1, 0), torch.arange(6), rows, 16, CPU)
+    assert not masks[[0, 1, 4, 5]].any()
+    assert masks[[2, 3]].flatten(1).any(dim=1).all()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dctc.methods.base import Batch, Boxes, Method, Needs, Round, Update, inference, together
-from dctc.methods.losses import cross_entropy_sum, mean_prediction, pixel_count, pseudo_label
+from dctc.methods.losses import Outputs, cross_entropy_sum, fused, mean_prediction, pixel_count, pseudo_label
 from dctc.networks import NetworkSpec, build_network
 
 NETS = ("s1", "s2")
@@ -65,9 +65,8 @@ class CrossPseudoSupervision(Method):
                 if cutmix:
                     cross = self._loss(logits[mine][1], taught[other])
                 else:
-                    said = [
-                        pseudo_label(z.detach(), b.valid) for z, b in zip(logits[other], (known, unknown), strict=True)
-                    ]
+                    valid = (known.valid, unknown.valid)
+                    said = [pseudo_label(fused(z).detach(), v) for z, v in zip(logits[other], valid, strict=True)]
                     cross = self._loss(logits[mine][0], said[0]) + self._loss(logits[mine][1], said[1])
                 losses.append(self.options.weight * cross)
             return torch.stack(losses)
@@ -90,8 +89,8 @@ class CrossPseudoSupervision(Method):
         with inference(*modules):
             return [batch.mixed(pseudo_label(module(batch.images), batch.valid)) for module in modules]
 
-    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy_sum(logits, target, kind=self.options.loss)
+    def _loss(self, outputs: Outputs, target: Tensor) -> Tensor:
+        return cross_entropy_sum(outputs, target, kind=self.options.loss)
 
 
 build = CrossPseudoSupervision

@@ -7,6 +7,7 @@ zero. Losses are sums over the pixels that are not ignored; :func:`pixel_count` 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,18 @@ from torch import Tensor
 from dctc.methods.base import IGNORE
 
 LOSSES = ("multiclass", "binary")
+Outputs = Tensor | Sequence[Tensor]
+"""A net's logits [B,K,H,W]; of a net with deep supervision in training mode several, the prediction first."""
+
+
+def fused(outputs: Outputs) -> Tensor:
+    """The logits that are the net's prediction."""
+    return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+
+def each(outputs: Outputs) -> Sequence[Tensor]:
+    """All logits that a loss is taken of."""
+    return [outputs] if isinstance(outputs, Tensor) else outputs
 
 
 def sharpened_log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -25,11 +38,11 @@ def sharpened_log_probabilities(logits: Tensor, temperature: float = 1.0) -> Ten
         return torch.log_softmax(logits.float() / temperature, dim=1)
 
 
-def cross_entropy_sum(logits: Tensor, target: Tensor, temperature: float = 1.0, kind: str = "multiclass") -> Tensor:
+def cross_entropy_sum(outputs: Outputs, target: Tensor, temperature: float = 1.0, kind: str = "multiclass") -> Tensor:
     """Summed cross-entropy (equation 6) of ``sharpen(softmax(logits), temperature)`` against ``target``.
 
     Args:
-        logits: [B,K,H,W], any float dtype.
+        outputs: logits [B,K,H,W], any float dtype; of several the sum over all of them (deep supervision).
         target: class map or soft target (see the module).
         temperature: 1 leaves the prediction as it is; below 1 sharpens it. The gradient flows through.
         kind: ``multiclass`` is ``-log p_y``; ``binary`` is ``-[log p_y + sum_{c != y} log(1 - p_c)]``.
@@ -37,6 +50,10 @@ def cross_entropy_sum(logits: Tensor, target: Tensor, temperature: float = 1.0, 
     Returns:
         float32 scalar: the sum over the pixels that are not ignored.
     """
+    return torch.stack([_cross_entropy_sum(z, target, temperature, kind) for z in each(outputs)]).sum()
+
+
+def _cross_entropy_sum(logits: Tensor, target: Tensor, temperature: float, kind: str) -> Tensor:
     log_p = sharpened_log_probabilities(logits, temperature)
     with torch.autocast(logits.device.type, enabled=False):
         if target.is_floating_point():
@@ -62,21 +79,23 @@ def cross_entropy_sum(logits: Tensor, target: Tensor, temperature: float = 1.0, 
         return torch.where(valid, pixels, 0.0).sum()
 
 
-def confident_cross_entropy_sum(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
+def confident_cross_entropy_sum(outputs: Outputs, target: Tensor, gamma: float) -> Tensor:
     """Summed ``-p_y^gamma log p_y``, where the weight ``p_y^gamma`` is taken as a constant (DST-CBC's dynamic weight).
 
-    A pixel whose label the net doubts counts little. ``target`` is a class map; float32 scalar.
+    A pixel whose label the net doubts counts little: the net's prediction, also in the loss of a side output.
+    ``target`` is a class map; float32 scalar.
     """
-    log_p = sharpened_log_probabilities(logits)
     valid = target != IGNORE
-    chosen = log_p.gather(1, torch.where(valid, target, 0)[:, None]).squeeze(1)
-    weight = (gamma * chosen.detach()).exp()
-    return torch.where(valid, -weight * chosen, 0.0).sum()
+    classes = torch.where(valid, target, 0)[:, None]
+    chosen = [sharpened_log_probabilities(logits).gather(1, classes).squeeze(1) for logits in each(outputs)]
+    weight = (gamma * chosen[0].detach()).exp()
+    return torch.stack([torch.where(valid, -weight * log_p, 0.0).sum() for log_p in chosen]).sum()
 
 
-def probability_distance_sum(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Squared distance of softmax(logits) from the probabilities ``target`` [B,K,H,W], mean over the classes, summed
-    over the pixels of ``valid`` [B,H,W]; float32 scalar. The gradient flows into ``logits`` alone."""
+def probability_distance_sum(outputs: Outputs, target: Tensor, valid: Tensor) -> Tensor:
+    """Squared distance of the prediction's probabilities from ``target`` [B,K,H,W]: mean over the classes, summed over
+    the pixels of ``valid`` [B,H,W]; float32 scalar. The gradient flows into ``outputs`` alone."""
+    logits = fused(outputs)
     with torch.autocast(logits.device.type, enabled=False):
         apart = torch.softmax(logits.float(), dim=1) - target.detach().float()
         return torch.where(valid, apart.square().mean(dim=1), 0.0).sum()

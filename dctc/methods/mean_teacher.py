@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dctc.methods.base import IGNORE, Batch, Follow, Method, Needs, Round, Update, inference, together
-from dctc.methods.losses import cross_entropy_sum, pixel_count, probability_distance_sum, ramp_up
+from dctc.methods.losses import Outputs, cross_entropy_sum, pixel_count, probability_distance_sum, ramp_up
 from dctc.networks import NetworkSpec, build_network
 
 
@@ -82,11 +82,11 @@ class MeanTeacher(Method):
         """Logits of the student and of the average."""
         return {name: self.parts[name](images) for name in ("s1", "ema")}
 
-    def _apart(self, logits: Tensor, batch: Batch) -> Tensor:
+    def _apart(self, outputs: Outputs, batch: Batch) -> Tensor:
         """How far the student's prediction of one view is from the average's of the other."""
         with inference(self.parts["ema"]):
             expected = torch.softmax(self.parts["ema"](batch.views[1]).float(), dim=1)
-        return probability_distance_sum(logits, expected, _seen(batch))
+        return probability_distance_sum(outputs, expected, _seen(batch))
 
 
 def _seen(batch: Batch) -> Tensor:

@@ -45,11 +45,12 @@ def _groups(channels: int) -> int:
     )
 
 
-def _double_convolution(inputs: int, outputs: int, norm: str) -> Block:
+def double_convolution(inputs: int, outputs: int, norm: str, bias: bool = False) -> Block:
+    """(conv3x3, norm, ReLU) twice."""
     layers: list[nn.Module] = []
     for channels in (inputs, outputs):
         layers += [
-            nn.Conv2d(channels, outputs, 3, padding=1, bias=False),
+            nn.Conv2d(channels, outputs, 3, padding=1, bias=bias),
             make_norm(norm, outputs),
             nn.ReLU(inplace=True),
         ]
@@ -76,11 +77,13 @@ class Encoder(nn.Module):
     With ``attention`` each block ends in channel attention, before the pool and before the skip (the teacher).
     """
 
-    def __init__(self, bands: int, width: int, norm: str = "batch", attention: bool = False) -> None:
+    def __init__(
+        self, bands: int, width: int, norm: str = "batch", attention: bool = False, bias: bool = False
+    ) -> None:
         super().__init__()
         widths = stage_widths(width)
         self.blocks = nn.ModuleList(
-            _double_convolution(inputs, outputs, norm)
+            double_convolution(inputs, outputs, norm, bias)
             for inputs, outputs in zip([bands, *widths], widths, strict=False)
         )
         self.attention = nn.ModuleList(
@@ -109,7 +112,7 @@ class Decoder(nn.Module):
             nn.ConvTranspose2d(deep, shallow, 2, stride=2) for deep, shallow in itertools.pairwise(widths)
         )
         self.blocks = nn.ModuleList(
-            _double_convolution(deep, shallow, norm) for deep, shallow in itertools.pairwise(widths)
+            double_convolution(deep, shallow, norm) for deep, shallow in itertools.pairwise(widths)
         )
         self.head = nn.Conv2d(width, classes, 1)
 

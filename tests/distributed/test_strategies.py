@@ -216,6 +216,19 @@ def test_channels_last_trains_everywhere(runs: Runs, strategy: str) -> None:
 
 @pytest.mark.matrix
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_every_network_trains_as_in_one_process(runs: Runs, strategy: str) -> None:
+    """Gates, and losses on seven outputs of one pass. No pseudo labels, so nothing can flip but a ReLU or a pool."""
+    case = Case("supervised", "sgd", 0.5, 1)
+    for network in ("attention_unet", "u2net_small"):
+        for layout in ("none", strategy):
+            if not (runs.folder / f"{network}-{layout}").exists():
+                runs.train(layout, [f"{case.keys('x')} run.name={network}-{layout} network.name={network}"])
+        assert distance(runs.folder / f"{network}-none", runs.folder / f"{network}-{strategy}") <= 1e-5
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_lower_precision_is_the_same_in_every_strategy_that_has_it(runs: Runs, dtype: str) -> None:
     """Gradients are exchanged in float32 by all of them; a lower precision there would show as 1e-3."""

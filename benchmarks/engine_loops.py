@@ -121,7 +121,8 @@ def _opened(path: Path, overrides: Sequence[str], parallel: Parallel) -> tuple[C
 def _tracker(config: Config, dataset: Dataset, run: Run) -> Tracker:
     run.folder.mkdir(parents=True, exist_ok=True)
     names = run.experiment, run.name
-    return start_tracking(config, dataset, run.folder, names, "none", run_id=None, resumed_step=None, main_process=True)
+    return start_tracking(config, dataset, run.folder, names, "none", "s1", run_id=None, resumed_step=None,
+        main_process=True)  # fmt: skip
 
 
 def held_batches(trainer: Trainer, number: int) -> list[tuple[Batch, Batch]]:

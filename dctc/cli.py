@@ -187,6 +187,47 @@ def train(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="configs/DATASET/table1.yaml and the like")],
+    overrides: Overrides = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="runs at once; default: one a GPU, one on CPU")] = None,
+    launch: Annotated[
+        Path | None, typer.Option(help="start each run with this file of launch/, one after another")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume/--fresh", help="go on, or refuse what is begun already")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the runs and start none")] = False,
+) -> None:
+    """Run a table of runs: methods x labelled shares x seeds. What is finished is not run again.
+
+    Example: dctc sweep configs/synthetic/table1.yaml --dry-run
+    """
+    import torch
+
+    from dctc.sweep.plan import load_sweep
+    from dctc.sweep.run import SweepRunner, is_done
+
+    plan = load_sweep(file, overrides or [])
+    if dry_run:
+        for number, run in enumerate(plan.runs, 1):
+            state = "finished" if is_done(run) else "begun" if run.folder.exists() else ""
+            out.print(f"[{number}/{len(plan.runs)}] {run.title}: {run.folder} {state}".rstrip(), markup=False)
+        return
+    if not resume and any(run.folder.exists() for run in plan.runs):
+        begun = next(run.folder for run in plan.runs if run.folder.exists())
+        raise InputError(f"{begun}: is there already; choose another name in {file}, or go on with --resume")
+    if launch is not None and (jobs or 1) > 1:
+        raise InputError("--launch and --jobs exclude each other: a launch file takes all GPUs for one run")
+    gpus = torch.cuda.device_count() if launch is None else 0
+    if gpus and jobs is not None and jobs > gpus:
+        raise InputError(f"--jobs {jobs}: this machine has {gpus} GPU(s), and each run gets one")
+    start, _ = _launcher(launch)
+    runner = SweepRunner(
+        plan, [sys.executable, *start], lambda line: out.print(line, markup=False), jobs or max(1, gpus), gpus > 0
+    )
+    raise typer.Exit(runner())
+
+
+@app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="RUN/model.safetensors")],
     folder: Annotated[str, typer.Argument(metavar="DATASET", help="folder or URL")],

@@ -199,10 +199,14 @@ class RunConfig(_Section):
 
 
 class TrackingConfig(_Section):
-    """MLflow; ``uri: null`` means MLFLOW_TRACKING_URI, else sqlite:///mlflow.db beside the runs folder."""
+    """MLflow; ``uri: null`` means MLFLOW_TRACKING_URI, else sqlite:///mlflow.db beside the runs folder.
+
+    ``tags`` go to the run beside dctc's own; a sweep says there which row of its table the run is.
+    """
 
     enabled: bool = True
     uri: str | None = None
+    tags: dict[str, str] = {}
 
 
 class EvaluationConfig(_Section):

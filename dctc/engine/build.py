@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from dctc.engine.profile import Profile
 from dctc.engine.recompute import recompute_blocks
 from dctc.engine.schedule import Schedule
 from dctc.engine.streams import training_stream, watched_rows
-from dctc.engine.trainer import Every, Tracker, Trainer
+from dctc.engine.trainer import Every, Trainer
 from dctc.engine.update import OptimizerSpec, Updater
 from dctc.engine.watch import Watch
 from dctc.methods import Method, OptionError, build_method, parse_options
@@ -139,10 +139,8 @@ def is_finished(config: Config, run: Run) -> bool:
     return bool(report["rounds"] == run.progress.rounds and report["tested"] >= config.evaluation.test)
 
 
-def prepare(
-    config: Config, dataset: Dataset, parallel: Parallel, run: Run, stop: StopRequest
-) -> Callable[[Tracker], Trainer]:
-    """Put everything together but the tracker, which no wrong setting shall have started.
+def prepare(config: Config, dataset: Dataset, parallel: Parallel, run: Run, stop: StopRequest) -> partial[Trainer]:
+    """Put everything together but the tracker, which no wrong setting shall have started: call the result with one.
 
     Raises:
         InputError: for settings that cannot work, before anything is written.

@@ -24,6 +24,7 @@ def start_tracking(
     folder: Path,
     names: tuple[str, str],
     strategy: str,
+    headline: str,
     *,
     run_id: str | None,
     resumed_step: int | None,
@@ -35,6 +36,7 @@ def start_tracking(
         folder: of the run, for ``metrics.jsonl``.
         names: experiment and run.
         strategy: how the processes came up.
+        headline: the net whose score is the method's.
         run_id, resumed_step: of the checkpoint that the run goes on from, None for a fresh start.
     """
     settings = RunSettings(
@@ -43,14 +45,17 @@ def start_tracking(
         name=names[1],
         uri=resolve_uri(config.tracking.uri, config.run.output),
         tags={
+            **config.tracking.tags,
             "method": config.method.name,
             "labelled_share": str(config.data.labelled_share),
             "seed": str(config.run.seed),
             "dataset_digest": dataset.digest,
             "git_commit": git_commit(),
             "strategy": strategy,
+            "network": config.network.name,
+            "headline": headline,
         },
-        params=config.flat(),
+        params={key: value for key, value in config.flat().items() if not key.startswith("tracking.tags.")},
         dataset=describe_dataset(dataset),
         run_id=run_id,
         resumed_step=resumed_step,

@@ -302,6 +302,15 @@ def test_one_share_in_three_spellings_is_one_setting(folder: Path) -> None:
     assert settings[0] == settings[1] == settings[2]
 
 
+def test_tags_are_strings_of_any_name_and_leave_the_weights_alone(folder: Path) -> None:
+    path = write(folder, LEAST)
+    tagged = load_config(path, ["tracking.tags={sweep: table1, mlflow.parentRunId: abc}"])
+    assert tagged.tracking.tags == {"sweep": "table1", "mlflow.parentRunId": "abc"}
+    assert tagged.result_settings() == load_config(path).result_settings()
+    with pytest.raises(InputError, match=r"key tracking\.tags\.sweep is \['a'\]"):
+        load_config(path, ["tracking.tags={sweep: [a]}"])
+
+
 # ---- what is shipped
 
 

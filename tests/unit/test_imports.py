@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "machine": set(),
     "terminal": set(),
+    "sweep": {"config", "engine", "networks", "tracking"},
     "tracking": {"config"},
     "train": {"bundle", "config", "data", "engine", "evaluation", "methods", "networks", "tracking"},
 }

@@ -1,0 +1,1 @@
+"""Tables of runs: a sweep file becomes runs, each in a process of its own."""

@@ -1,0 +1,192 @@
+"""From a sweep file to its runs, all of them checked before the first one starts.
+
+    name: table1                       # of the sweep, and of its parent run in MLflow
+    seeds: [0, 1, 2]
+    shares: [1/8, 1/4, 1/2]
+    set: {schedule.rounds: 600}        # settings of all runs
+    rows:
+      - {row: U-Net, config: unet.yaml, shares: [1]}
+      - {row: no sharpening, config: dctc.yaml, set: {method.sharpen: none}}
+
+A config's path is relative to the sweep file. What stands in a row wins over what stands above the rows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dctc.config import Config, Share, load_config, nearest
+from dctc.engine.build import resolve, run_folder
+from dctc.networks import network_names
+from shards.errors import InputError
+from shards.manifest import Dataset, parse_share
+
+Settings = dict[str, Any]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True, populate_by_name=True)
+
+
+class Row(_Record):
+    """One row of the table."""
+
+    row: Annotated[str, Field(min_length=1)]
+    config: str
+    shares: list[Share] | None = None
+    seeds: list[Seed] | None = None
+    settings: Settings = Field(default={}, alias="set")
+
+
+class SweepFile(_Record):
+    """A whole sweep, as its file says it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
+    shares: list[Share] | None = None
+    settings: Settings = Field(default={}, alias="set")
+    rows: Annotated[list[Row], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep.
+
+    Attributes:
+        config: the configuration, with everything that the sweep sets.
+        file, overrides: what the trainer is started with for it.
+        folder: where it will live.
+    """
+
+    row: str
+    config: Config
+    file: Path
+    overrides: tuple[str, ...]
+    folder: Path
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.row} {self.config.data.labelled_share} seed {self.config.run.seed}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep and its runs, in the order of the rows, then the shares, then the seeds."""
+
+    name: str
+    file: Path
+    runs: tuple[PlannedRun, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Of the sweep itself, beside those of its runs."""
+        return self.runs[0].folder.parent / self.name
+
+    @property
+    def experiment(self) -> str:
+        """The experiment of all runs."""
+        experiment = self.runs[0].config.run.experiment
+        assert experiment is not None
+        return experiment
+
+
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep file and check every run of it; ``overrides`` (``key=value``) win over all that the file sets.
+
+    Raises:
+        InputError: naming the file, the row and the key.
+    """
+    plan = _read(path)
+    runs: list[PlannedRun] = []
+    datasets: dict[str, Dataset] = {}
+    for row in plan.rows:
+        try:
+            runs += _runs(plan, row, path, overrides, datasets)
+        except InputError as error:
+            raise InputError(f"{path}: row {row.row!r}: {error.message}") from None
+    if len(digests := {dataset.digest for dataset in datasets.values()}) > 1:
+        raise InputError(
+            f"{path}: its rows have {len(digests)} datasets ({', '.join(datasets)}); make a sweep for each"
+        )
+    if len({run.config.run.experiment for run in runs}) > 1:
+        raise InputError(f"{path}: its rows have several run.experiment; make a sweep for each")
+    seen: set[Path] = set()
+    for run in runs:
+        if run.folder in seen:
+            raise InputError(f"{path}: two runs are {run.title}: give their rows different names")
+        seen.add(run.folder)
+    return Sweep(plan.name, path, tuple(runs))
+
+
+def _read(path: Path) -> SweepFile:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read this sweep ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a sweep is a mapping with name and rows, this is {type(values).__name__}")
+    try:
+        return SweepFile.model_validate(values)
+    except ValidationError as error:
+        raise InputError("; ".join(_explain(item, path) for item in error.errors())) from None
+
+
+def _explain(item: Mapping[str, Any], path: Path) -> str:
+    parts = [str(part) for part in item["loc"]]
+    key = ".".join(parts)
+    if item["type"] == "extra_forbidden":
+        kind = Row if parts[0] == "rows" and len(parts) > 2 else SweepFile
+        known = [field.alias or name for name, field in kind.model_fields.items()]
+        return f"{path}: unknown key {key}; {nearest(parts[-1], known)}"
+    if item["type"] == "missing":
+        return f"{path}: key {key} is missing"
+    return f"{path}: key {key} is {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _runs(
+    plan: SweepFile, row: Row, path: Path, overrides: Sequence[str], datasets: dict[str, Dataset]
+) -> Iterator[PlannedRun]:
+    file = path.parent / row.config
+    settings = [f"{key}={json.dumps(value)}" for key, value in {**plan.settings, **row.settings}.items()]
+    shares = row.shares or plan.shares or [load_config(file, [*settings, *overrides]).data.labelled_share]
+    for share in shares:
+        for seed in row.seeds or plan.seeds:
+            label = re.sub(r"[^A-Za-z0-9+._-]+", "-", row.row).strip("-").lower()
+            name = f"{plan.name}-{label}-{share}-s{seed}"
+            own = [f"data.labelled_share={share}", f"run.seed={seed}", f"run.name={json.dumps(name)}"]
+            own.append(f"tracking.tags={json.dumps({'sweep': plan.name, 'row': row.row})}")
+            chosen = [*settings, *overrides, *own]
+            config = resolve(load_config(file, chosen))
+            if config.network.name not in network_names():
+                hint = nearest(config.network.name, network_names())
+                raise InputError(f"key network.name: unknown network {config.network.name!r}; {hint}")
+            dataset = datasets.setdefault(
+                str(config.data.dataset), Dataset.open(config.data.dataset, config.data.cache_settings)
+            )
+            _must_have(dataset, config)
+            experiment = config.run.experiment or f"{dataset.manifest.name}-{dataset.manifest.protocol}"
+            chosen.append(f"run.experiment={json.dumps(experiment)}")
+            config = resolve(load_config(file, chosen))
+            yield PlannedRun(row.row, config, file, tuple(chosen), run_folder(config, dataset))
+
+
+def _must_have(dataset: Dataset, config: Config) -> None:
+    """A sweep takes the shares that the dataset lists, whose missing classes were looked at when it was packed."""
+    listed = dataset.manifest.labelled.shares
+    if config.data.labelled_share not in {parse_share(text) for text in listed}:
+        raise InputError(
+            f"share {config.data.labelled_share} is not one of {dataset.location} ({', '.join(listed)}); put it into "
+            "labelled.shares of the recipe and pack again"
+        )

@@ -1,0 +1,130 @@
+"""A table of runs: as typed, stopped and gone on with, with a run that fails; its runs under one parent in MLflow."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+
+from dctc.sweep.plan import load_sweep
+from shards.errors import InputError
+from tests.tiny import run, start, write_config
+
+
+@pytest.fixture
+def configs(tmp_path: Path, tiny_dataset: Path) -> Path:
+    """A folder with configs of two methods that track into a database beside the runs."""
+    for method in ("supervised", "cps"):
+        tracking = {"enabled": True, "uri": f"sqlite:///{tmp_path}/mlflow.db"}
+        file = write_config(
+            tmp_path / f"{method}.yaml", tiny_dataset, method, schedule={"rounds": 3}, tracking=tracking,
+            evaluation={"test": True, "every": 0},
+        )  # fmt: skip
+        config = yaml.safe_load(file.read_text())
+        del config["run"]["name"], config["data"]["labelled_share"]
+        file.write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def write(folder: Path, **keys: Any) -> Path:
+    sweep = {
+        "name": "table", "seeds": [0], "shares": ["1/4", "1/2"],
+        "rows": [{"row": "U-Net", "config": "supervised.yaml", "shares": [1]}, {"row": "CPS", "config": "cps.yaml"}],
+    }  # fmt: skip
+    path = folder / "table.yaml"
+    path.write_text(yaml.safe_dump(sweep | keys))
+    return path
+
+
+@pytest.mark.slow
+def test_a_sweep_is_stopped_goes_on_and_leaves_a_failed_run_behind(configs: Path) -> None:
+    broken = {"row": "broken", "config": "cps.yaml", "shares": ["1/2"], "set": {"optimizer.lr": 1e30}}
+    rows = [{"row": "U-Net", "config": "supervised.yaml", "shares": [1]}, broken, {"row": "CPS", "config": "cps.yaml"}]
+    sweep = write(configs, rows=rows)
+    dry = run("dctc", "sweep", sweep, "--dry-run").stdout.splitlines()
+    assert [line.split(":")[0] for line in dry] == [
+        "[1/4] U-Net 1 seed 0", "[2/4] broken 1/2 seed 0", "[3/4] CPS 1/4 seed 0", "[4/4] CPS 1/2 seed 0",
+    ]  # fmt: skip
+    assert not (configs / "runs").exists()
+
+    runs = configs / "runs" / "synthetic-scene"
+    first = runs / "table-u-net-1-s0"
+    process = start(["dctc", "sweep", sweep, "schedule.rounds=4"], first / "checkpoints")  # overrides hold for all
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 75
+    others = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    assert not [line for line in others if "train.py" in line], "runs outlive the sweep"
+
+    done = run("dctc", "sweep", sweep, "schedule.rounds=4", check=False)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("[1/4] U-Net 1 seed 0: test mIoU ")
+    assert lines[1].startswith("[2/4] broken 1/2 seed 0: FAILED with exit code 1")
+    assert lines[3].startswith("[4/4] CPS 1/2 seed 0: test mIoU ")
+    assert f"failed: broken 1/2 seed 0, {runs / 'table-broken-1_2-s0' / 'train.log'} ends with" in lines
+    assert "is not finite" in done.stdout
+    dry = run("dctc", "sweep", sweep, "schedule.rounds=4", "--dry-run").stdout.splitlines()
+    assert [line.rpartition(" ")[2] for line in dry] == ["finished", "begun", "finished", "finished"]
+
+    client = MlflowClient(f"sqlite:///{configs}/mlflow.db")
+    experiment = client.get_experiment_by_name("synthetic-scene")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in found if r.data.tags.get("kind") == "sweep"]
+    children = [r for r in found if r is not parent]
+    assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent.info.run_id}
+    assert parent.info.status == "FAILED"
+    assert {(r.data.tags["row"], r.data.tags["labelled_share"], r.info.status) for r in children} == {
+        ("U-Net", "1", "FINISHED"), ("CPS", "1/4", "FINISHED"), ("CPS", "1/2", "FINISHED"), ("broken", "1/2", "FAILED"),
+    }  # fmt: skip
+    assert {r.data.tags["headline"] for r in children} == {"s1"}
+    assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["table.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"seed": [1]}, "unknown key seed; did you mean 'seeds'?"),
+        ({"rows": [{"row": "a", "config": "cps.yaml", "share": [1]}]}, "unknown key rows.0.share; did you mean"),
+        ({"rows": [{"row": "a"}]}, "key rows.0.config is missing"),
+        ({"rows": []}, r"key rows is \[\]"),
+        ({"name": "a/b"}, "key name is 'a/b'"),
+        ({"rows": [{"row": "a", "config": "none.yaml"}]}, "row 'a': .*none.yaml: cannot read this configuration"),
+        ({"set": {"method.name": "cpss"}}, "row 'U-Net': key method.name: unknown method 'cpss'; did you mean 'cps'"),
+        ({"set": {"network.name": "unnet"}}, "key network.name: unknown network 'unnet'; did you mean 'unet'"),
+        ({"set": {"method.wait": 1}}, "method supervised has no option 'wait'"),
+        ({"shares": ["1/3"]}, "row 'CPS': share 1/3 is not one of .*labelled.shares of the recipe"),
+        ({"shares": ["0"]}, "key shares.0 is '0'"),
+        ({"rows": [{"row": "a b", "config": "cps.yaml"}, {"row": "a  b", "config": "cps.yaml"}]}, "two runs are a  b"),
+    ],
+)
+def test_bad_sweeps_are_refused_before_anything_runs(configs: Path, keys: dict[str, Any], words: str) -> None:
+    sweep = write(configs, **keys)
+    with pytest.raises(InputError, match=words) as caught:
+        load_sweep(sweep)
+    assert str(sweep) in str(caught.value)
+
+
+def test_rows_win_over_the_sweep_and_the_command_line_over_both(configs: Path) -> None:
+    rows = [{"row": "a", "config": "cps.yaml", "set": {"schedule.rounds": 5}, "seeds": [3, 4]}]
+    sweep = write(configs, set={"schedule.rounds": 9, "optimizer.lr": 0.5}, rows=rows)
+    first = load_sweep(sweep).runs[0].config
+    assert (first.schedule.rounds, first.optimizer.lr, first.run.seed) == (5, 0.5, 3)
+    assert first.tracking.tags == {"sweep": "table", "row": "a"}
+    assert load_sweep(sweep, ["schedule.rounds=7"]).runs[0].config.schedule.rounds == 7
+    assert len(load_sweep(sweep).runs) == 4
+
+
+def test_bad_input_is_one_message(configs: Path) -> None:
+    done = run("dctc", "sweep", configs / "none.yaml", check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith("none.yaml: cannot read this sweep (No such file or directory)")
+    sweep = write(configs)
+    done = run("dctc", "sweep", sweep, "--jobs", 2, "--launch", "launch/ddp.yaml", check=False)
+    assert done.returncode == 2
+    assert "--launch and --jobs exclude each other" in done.stderr

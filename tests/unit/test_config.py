@@ -16,7 +16,11 @@ from dctc.networks import network_names
 from shards.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "data")
+FILES = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "data")
+SWEEPS = [path for path in FILES if "\nrows:\n" in path.read_text()]
+SHIPPED = [path for path in FILES if path not in SWEEPS]
+METHODS = {"dctc", "unet", "attention_unet", "u2net", "mean_teacher", "cps", "cps_cutmix", "dst_cbc"}
+TABLES = {"table1", "table2", "table3", "figure6"}
 LEAST = "data: {dataset: datasets/x}\nmethod: {name: dctc}\n"
 
 
@@ -315,7 +319,25 @@ def test_tags_are_strings_of_any_name_and_leave_the_weights_alone(folder: Path) 
 
 
 def test_something_is_shipped() -> None:
-    assert {path.parent.name for path in SHIPPED} >= {"potsdam", "vaihingen", "gid5", "dubai", "synthetic"}
+    """Every method and table for every dataset."""
+    datasets = {"potsdam", "vaihingen", "gid5", "gid15", "loveda", "dubai", "synthetic"}
+    for dataset in datasets:
+        assert {path.stem for path in SHIPPED if path.parent.name == dataset} >= METHODS
+        assert {path.stem for path in SWEEPS if path.parent.name == dataset} >= TABLES
+    assert {path.parent.name for path in SHIPPED} >= datasets
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_shipped_sweeps_name_configurations_options_and_themselves(path: Path) -> None:
+    """What needs no dataset; ``dctc sweep`` checks the rest before it starts."""
+    sweep = yaml.safe_load(path.read_text())
+    for row in sweep["rows"]:
+        settings = {**sweep.get("set", {}), **row.get("set", {})}
+        config = load_config(path.parent / row["config"], [f"{key}={value}" for key, value in settings.items()])
+        parse_options(config.method.name, config.method.options)
+    assert f"dctc sweep {path.relative_to(ROOT)}\n" in path.read_text()
+    assert f"dctc compare --sweep {sweep['name']} " in path.read_text()
+    assert "score" in path.read_text()
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -29,6 +29,7 @@ from dctc.engine.streams import training_stream, watched_rows
 from dctc.engine.trainer import Every, Trainer
 from dctc.engine.update import OptimizerSpec, Updater
 from dctc.engine.watch import Watch
+from dctc.evaluation.evaluate import peak_memory_gib
 from dctc.methods import Method, OptionError, build_method, parse_options
 from dctc.methods.base import Length
 from dctc.networks import NetworkSpec, UnknownNetwork
@@ -214,18 +215,24 @@ def _compute(config: Config, dataset: Dataset, parallel: Parallel, method: Metho
     """What MFU is made of, on a GPU (main rank). Counting takes a second or two."""
     if parallel.device.type != "cuda" or not parallel.is_main:
         return None
+    if (flops := _flops(config, dataset, method)) is None:
+        return None
+    name = config.precision.dtype
+    assert name != "auto"
+    return Compute(flops, peak_flops(torch.cuda.get_device_name(parallel.device), name))
+
+
+def _flops(config: Config, dataset: Dataset, method: Method) -> float | None:
+    """Operations of a round over all ranks; None, with a warning, where they cannot be counted."""
     unlabelled = config.data.batch_unlabelled if method.uses_unlabelled else 0
     try:
-        flops = round_flops(
+        return round_flops(
             config.method.name, _network_spec(config, dataset), config.method.options,
             config.data.batch_labelled, unlabelled, dataset.manifest.tile_size,
         )  # fmt: skip
     except Exception as error:  # a method may compute what fake tensors cannot, and train all the same
         _warn(True, f"the operations of a round cannot be counted ({type(error).__name__}: {error}): no perf/mfu")
         return None
-    name = config.precision.dtype
-    assert name != "auto"
-    return Compute(flops, peak_flops(torch.cuda.get_device_name(parallel.device), name))
 
 
 def finish(trainer: Trainer, config: Config) -> None:
@@ -238,12 +245,21 @@ def finish(trainer: Trainer, config: Config) -> None:
     report = watch.report(progress, evaluation, config.evaluation.test, trainer.tiles_per_round)
     if not trainer.parallel.is_main:
         return
+    tracker.metrics(_cost(trainer, config), progress.rounds)
     if evaluation is not None:
         tracker.metrics(evaluation.as_metrics("test"), progress.rounds)
         print(f"test mIoU {evaluation.scores(trainer.method.headline).miou:.4f} ({trainer.method.headline})")
     for file in (model, report, watch.folder / "config.yaml", *watch.folder.glob("test-*")):
         tracker.artifact(file)
     print(f"model {model}\nreport {report}")
+
+
+def _cost(trainer: Trainer, config: Config) -> dict[str, float]:
+    """What the run took: seconds of training, operations of a round, most memory of this rank."""
+    cost = {"perf/train_seconds": trainer.progress.seconds}
+    cost["perf/peak_memory_gib"] = peak_memory_gib(trainer.parallel.device)
+    flops = _flops(config, trainer.watch.dataset, trainer.method)
+    return cost if flops is None else cost | {"perf/round_gflop": flops / 1e9}
 
 
 def settle(config: Config, device: torch.device) -> Config:

@@ -204,29 +204,34 @@ class Watch:
         metrics: dict[str, float] = {}
         for name, net in evaluation.nets.items():
             metrics[f"train/entropy/{name}"] = net.entropy
-            if net.scores is not None:
-                metrics[f"train/pseudo/{name}/miou"] = net.scores.miou
+            metrics |= net.pseudo_metrics(f"train/pseudo/{name}")
             for label, share in zip(self.dataset.manifest.class_names, net.predicted, strict=True):
                 metrics[f"train/share/{name}/{label}"] = share
+            dying = self._dying_classes(net.predicted)
+            metrics[f"train/dying/{name}"] = float(len(dying))
             if progress.rounds >= self.warn_from and name != "mean":
-                self._warn_of_dying_classes(name, net.predicted)
+                self._warn_of(name, dying, net.predicted)
         names = self.dataset.manifest.class_names
         metrics |= {f"train/share/labels/{n}": float(s) for n, s in zip(names, self._labelled_shares(), strict=True)}
         if evaluation.agreement is not None:
             metrics["train/agreement"] = evaluation.agreement
         return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
-    def _warn_of_dying_classes(self, net: str, predicted: list[float]) -> None:
+    def _dying_classes(self, predicted: list[float]) -> set[str]:
+        """Names of the classes that a net predicts in far fewer pixels than the labels have."""
+        shares = zip(self.dataset.manifest.class_names, self._labelled_shares(), predicted, strict=True)
+        return {label for label, share, seen in shares if share >= DYING_FROM and seen < DYING_BELOW * share}
+
+    def _warn_of(self, net: str, dying: set[str], predicted: list[float]) -> None:
         """Say once by name that a net hardly predicts a class any more, and once that it does again."""
         shares = self._labelled_shares()
         for label, share, seen in zip(self.dataset.manifest.class_names, shares, predicted, strict=True):
-            dying = share >= DYING_FROM and seen < DYING_BELOW * share
-            if dying and (net, label) not in self._dying:
+            if label in dying and (net, label) not in self._dying:
                 self._dying.add((net, label))
                 self.warn(
                     f"class {label!r} is dying in {net}: {seen:.2%} of the unlabelled pixels, {share:.2%} of the labels"
                 )
-            elif not dying and (net, label) in self._dying:
+            elif label not in dying and (net, label) in self._dying:
                 self._dying.discard((net, label))
                 self.warn(f"class {label!r} is back in {net}: {seen:.2%} of the unlabelled pixels")
 

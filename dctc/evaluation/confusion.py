@@ -149,13 +149,13 @@ class Scores:
         means = self._means()
         macro = [repr(means[key]) for key in ("miou", "precision", "recall", "f1")]
         rows.append(["mean", *macro, self.pixels, self.pixels])
-        _write_rows(path, rows)
+        write_rows(path, rows)
 
     def write_matrix_csv(self, path: Path) -> None:
         """The confusion matrix in pixels, a row a true class, a column a predicted class. Atomic."""
         rows: list[list[object]] = [["truth \\ prediction", *self.names]]
         rows += [[name, *row] for name, row in zip(self.names, self.matrix.tolist(), strict=True)]
-        _write_rows(path, rows)
+        write_rows(path, rows)
 
     @cached_property
     def _hits(self) -> Floats:
@@ -315,7 +315,8 @@ def _ratio(totals: Tensor) -> float:
     return float(part) / float(whole) if whole else math.nan
 
 
-def _write_rows(path: Path, rows: Sequence[Sequence[object]]) -> None:
+def write_rows(path: Path, rows: Sequence[Sequence[object]]) -> None:
+    """A CSV file, whole or not at all."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     partial = path.with_name(path.name + ".tmp")

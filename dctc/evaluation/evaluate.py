@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dctc.data.loaders import DeviceBatch
 from dctc.data.tiles import RawBatch
+from dctc.evaluation.calibration import Calibration, Reliability
 from dctc.evaluation.confusion import Agreement, ConfusionMatrix, EntropyMeter, Scores
 
 Logits = Callable[[Tensor], Mapping[str, Tensor]]
@@ -32,12 +33,27 @@ class NetResult:
         scores: from the confusion matrix; None when no tile has a labelled pixel.
         entropy, sharpened_entropy: mean predictive entropy in nats a pixel, of softmax(z) and of softmax(z/T).
         predicted: share of each class among the valid pixels, labelled or not, [K].
+        reliability: of softmax(z) on the labelled pixels.
     """
 
     scores: Scores | None
     entropy: float
     sharpened_entropy: float
     predicted: list[float]
+    reliability: Reliability
+
+    def pseudo_metrics(self, prefix: str) -> dict[str, float]:
+        """How good this net's predictions are as labels for others: ``PREFIX/miou``, ``pa``, ``ece``, and by class
+        ``PREFIX/iou/NAME``, ``precision/NAME``, ``recall/NAME``. Empty without a labelled pixel."""
+        if self.scores is None:
+            return {}
+        metrics = {f"{prefix}/miou": self.scores.miou, f"{prefix}/pa": self.scores.pa}
+        metrics[f"{prefix}/ece"] = self.reliability.ece
+        columns = {"iou": self.scores.iou, "precision": self.scores.precision, "recall": self.scores.recall}
+        for kind, values in columns.items():
+            named = zip(self.scores.names, values, self.scores.present, strict=True)
+            metrics |= {f"{prefix}/{kind}/{name}": float(value) for name, value, present in named if present}
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,7 @@ class Evaluation:
             if net.scores is not None:
                 without = [CLUTTER] if CLUTTER in net.scores.names else []
                 metrics |= net.scores.as_metrics(f"{prefix}/{name}", without=without)
+                metrics[f"{prefix}/{name}/ece"] = net.reliability.ece
             metrics[f"{prefix}/{name}/entropy"] = net.entropy
             metrics[f"{prefix}/{name}/sharpened_entropy"] = net.sharpened_entropy
         if self.agreement is not None:
@@ -85,6 +102,7 @@ class Evaluation:
                 "entropy": net.entropy,
                 "sharpened_entropy": net.sharpened_entropy,
                 "predicted": net.predicted,
+                "ece": None if net.scores is None else net.reliability.ece,
             }
             for name, net in self.nets.items()
         }
@@ -105,6 +123,7 @@ class _NetMeter:
     confusion: ConfusionMatrix
     entropy: EntropyMeter
     sharpened: EntropyMeter
+    calibration: Calibration
     predicted: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -115,11 +134,12 @@ class _NetMeter:
         self.confusion.update(prediction, labels, valid)
         self.entropy.update(logits, valid)
         self.sharpened.update(logits, valid)
+        self.calibration.update(logits, labels, valid)
         self.predicted.scatter_add_(0, prediction.flatten(), valid.flatten().long())
         return prediction
 
     def result(self, reduce: Reduce, names: Sequence[str]) -> NetResult:
-        for meter in (self.confusion, self.entropy, self.sharpened):
+        for meter in (self.confusion, self.entropy, self.sharpened, self.calibration):
             meter.reduce(reduce)
         predicted = reduce(self.predicted).double()
         labelled = bool(self.confusion.matrix.any())
@@ -128,6 +148,7 @@ class _NetMeter:
             entropy=self.entropy.value(),
             sharpened_entropy=self.sharpened.value(),
             predicted=(predicted / predicted.sum().clamp(min=1)).tolist(),
+            reliability=self.calibration.result(names),
         )
 
 
@@ -159,7 +180,10 @@ def evaluate_tiles(
         for name, z in logits(images).items():
             if name not in meters:
                 meters[name] = _NetMeter(
-                    ConfusionMatrix(len(names), device), EntropyMeter(1.0, device), EntropyMeter(temperature, device)
+                    ConfusionMatrix(len(names), device),
+                    EntropyMeter(1.0, device),
+                    EntropyMeter(temperature, device),
+                    Calibration(len(names), device),
                 )
             predictions[name] = meters[name].update(z, labels, valid)
         if all(student in predictions for student in STUDENTS):

@@ -15,7 +15,7 @@ from dctc.evaluation.evaluate import Logits
 from dctc.tracking.figures import panel, save_picture
 from shards.manifest import IGNORE, Manifest
 
-TITLES = {"teacher": "teacher", "s1": "S1", "s2": "S2"}  # in this order; the mean of the students is left out
+FIRST = ("teacher", "ema", "s1", "s2")  # in this order; then any other net, but the mean, which looks like the two
 
 
 def draw_panels(
@@ -39,7 +39,8 @@ def draw_panels(
         nets = logits(images)
         shown: dict[str, NDArray[np.generic]] = {"image": raw["images"].numpy()}
         shown["label"] = np.full(valid.shape, IGNORE) if labels is None else labels.cpu().numpy()
-        shown |= {TITLES[name]: nets[name].argmax(1).cpu().numpy() for name in TITLES if name in nets}
+        for name in sorted(nets.keys() - {"mean"}, key=lambda net: (*FIRST, net).index(net)):
+            shown[name.upper() if name in ("s1", "s2") else name] = nets[name].argmax(1).cpu().numpy()
         shown["entropy"] = entropy(nets[headline]).cpu().numpy()
         for title, values in shown.items():
             columns.setdefault(title, []).append(values[kept])

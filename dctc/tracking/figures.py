@@ -143,6 +143,31 @@ def confusion_picture(matrix: NDArray[np.int64], names: Sequence[str], title: st
         return picture.convert("RGB")
 
 
+def reliability_picture(rows: Sequence[Sequence[Any]], title: str = "") -> Image.Image:
+    """Accuracy over confidence, a bar a bin, and how many pixels there are; ``rows`` as in a calibration table."""
+    from matplotlib.figure import Figure
+
+    left = [float(row[0]) for row in rows]
+    width = float(rows[0][1]) - left[0]
+    pixels = np.array([row[2] for row in rows], np.float64)
+    figure = Figure(figsize=(5, 5.4), dpi=110, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    full = [row for row in rows if row[2]]
+    upper.bar([float(row[0]) for row in full], [float(row[4]) for row in full], width, align="edge", color="#9ecae1")
+    upper.plot([float(row[3]) for row in full], [float(row[4]) for row in full], "o-", color="#08519c", ms=4)
+    upper.plot([0, 1], [0, 1], "--", color="0.5", lw=1)
+    upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+    upper.set_title(title, fontsize=11)
+    lower.bar(left, pixels / max(1, pixels.sum()), width, align="edge", color="0.7")
+    lower.set(xlabel="confidence", ylabel="pixels")
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    with Image.open(data) as picture:
+        return picture.convert("RGB")
+
+
 def _write_cells(axes: Axes, matrix: NDArray[np.int64], shares: NDArray[np.float64]) -> None:
     """Share and, where there is room, count in every cell that is not empty."""
     roomy = len(matrix) <= 10

@@ -39,7 +39,8 @@ def test_evaluate_repeats_the_final_test(tested: Path, tiny_dataset: Path, tmp_p
 
 
 def test_the_run_leaves_what_it_promises(tested: Path) -> None:
-    for name in ("config.yaml", "metrics.jsonl", "model.safetensors", "best.safetensors", "report.json"):
+    tables = ("test-classes.csv", "test-s1-calibration.csv", "test-teacher-calibration.png")
+    for name in ("config.yaml", "metrics.jsonl", "model.safetensors", "best.safetensors", "report.json", *tables):
         assert (tested / name).stat().st_size > 0
     assert sorted(path.name for path in (tested / "pictures").iterdir()) == ["step-00000003.png", "step-00000006.png"]
     names = {key for line in (tested / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)["values"]}
@@ -49,7 +50,9 @@ def test_the_run_leaves_what_it_promises(tested: Path) -> None:
     promised |= {"best/val_miou", "perf/tiles_per_s", "perf/rounds_per_s", "perf/peak_memory_gib"}
     promised |= {f"{split}/{net}/{score}" for split in ("val", "test") for net in ("s1", "s2", "mean", "teacher")
                  for score in ("miou", "pa", "mpa", "f1")}  # fmt: skip
-    promised |= {"test/s1/iou/building", "perf/data_wait_share"}
+    promised |= {"test/s1/iou/building", "perf/data_wait_share", "perf/train_seconds", "perf/round_gflop"}
+    promised |= {"test/s1/ece", "train/dying/s1", "train/pseudo/teacher/ece", "train/pseudo/s1/pa"}
+    promised |= {f"train/pseudo/s2/{kind}/building" for kind in ("iou", "precision", "recall")}
     assert promised <= names
 
 

@@ -109,7 +109,7 @@ def test_supervised_has_no_second_stream(dataset: Dataset, tmp_path: Path) -> No
 
 def test_the_same_tiles_are_watched_whatever_the_layout(dataset: Dataset, tmp_path: Path) -> None:
     first, second = (trainer(dataset, tmp_path, f"parallel.accumulation={n}").watch.rows for n in (1, 2))
-    assert first.keys() == second.keys() == {"val", "test", "labelled", "probe", "pictures"}
+    assert first.keys() == second.keys() == {"val", "test", "labelled", "unlabelled", "probe", "pictures"}
     assert all(np.array_equal(first[key], second[key]) for key in first)
 
 

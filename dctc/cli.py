@@ -304,28 +304,63 @@ def predict(
 
 @app.command()
 def compare(
-    experiment: Annotated[str | None, typer.Argument(metavar="[EXPERIMENT]", help="default: all of them")] = None,
-    rows: Annotated[str, typer.Option(help="tag whose values are the rows")] = "method",
-    cols: Annotated[str, typer.Option(help="tag whose values are the columns")] = "share",
+    experiment: Annotated[str | None, typer.Argument(metavar="[EXPERIMENT]", help="default: the only one")] = None,
+    rows: Annotated[str | None, typer.Option(help="tag of the rows; default: a sweep's rows, else method")] = None,
+    cols: Annotated[str, typer.Option(help="tag of the columns")] = "share",
+    sweep: Annotated[str | None, typer.Option(help="only the runs of this sweep")] = None,
+    number: Annotated[
+        int, typer.Option("--table", min=1, max=3, help="the paper's layout: 1 and 3 methods, 2 classes")
+    ] = 1,
+    beside: Annotated[
+        str | None, typer.Option("--paper", help="potsdam, vaihingen or gid: the paper's figures beside one's own")
+    ] = None,
     metric: Annotated[str, typer.Option(help="test metric: miou, pa, mpa, f1, kappa, ...")] = "miou",
     uri: Annotated[str | None, typer.Option(help="MLflow server; default as in training")] = None,
     runs: Annotated[Path, typer.Option(help="the runs folder, beside which mlflow.db lies")] = Path("runs"),
-    csv: Annotated[Path | None, typer.Option(help="also write the cells to this file")] = None,
+    report: Annotated[Path | None, typer.Option("--out", help="one HTML page with tables, curves, pictures")] = None,
+    csv: Annotated[Path | None, typer.Option(help="the cells, unrounded")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="the tables as Markdown")] = None,
+    figure: Annotated[Path | None, typer.Option(help="the score over the labelled share, .png or .svg")] = None,
 ) -> None:
     """Compare finished runs from MLflow: mean +- std over seeds, best in bold, one table a dataset.
 
-    Example: dctc compare synthetic-scene --rows method --cols share
+    Example: dctc compare synthetic-scene --sweep table1 --out table1.html
     """
+    from dctc.tracking import paper
     from dctc.tracking.compare import compare as tables_of
-    from dctc.tracking.compare import write_csv
+    from dctc.tracking.compare import compare_classes, write_csv
     from dctc.tracking.run import resolve_uri
+    from dctc.tracking.tables import terminal_table, write_markdown
 
-    comparisons = tables_of(resolve_uri(uri, runs), experiment, rows=rows, cols=cols, metric=metric)
-    for comparison in comparisons:
-        out.print(comparison.table())
+    if beside not in (None, *paper.DATASETS):
+        raise InputError(f"--paper {beside}: the paper has {', '.join(paper.DATASETS)}")
+    server = resolve_uri(uri, runs)
+    comparisons = tables_of(server, experiment, rows=rows, cols=cols, metric=metric, sweep=sweep, beside=beside)
+    shown = comparisons
+    if number == 2:
+        shown = compare_classes(server, experiment, cols=cols, sweep=sweep, beside=beside)
+    for comparison in shown:
+        out.print(terminal_table(comparison))
     if csv is not None:
-        write_csv(comparisons, csv)
-        out.print(f"cells in {csv}", markup=False)
+        write_csv(shown, csv)
+    if markdown is not None:
+        write_markdown(shown, markdown)
+    if figure is not None:
+        from dctc.tracking.charts import write_figure6
+
+        write_figure6(comparisons, figure)
+    if report is not None:
+        from dctc.tracking.histories import histories
+        from dctc.tracking.page import Extras, write_page
+        from dctc.tracking.panels import panels
+
+        extras = [Extras(histories(server, table), panels(server, table)) for table in comparisons]
+        classes = compare_classes(server, experiment, cols=cols, sweep=sweep, beside=beside)
+        command = " ".join(["dctc", *sys.argv[1:]])
+        write_page([*comparisons, *classes], [*extras, *[Extras()] * len(classes)], command, report)
+    for what, path in (("page", report), ("cells", csv), ("tables", markdown), ("figure", figure)):
+        if path is not None:
+            out.print(f"{what} in {path}", markup=False)
 
 
 @app.command()

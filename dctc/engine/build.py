@@ -242,6 +242,7 @@ def finish(trainer: Trainer, config: Config) -> None:
     model = watch.save_model("model.safetensors", progress)
     with trainer.parallel.own_errors():
         evaluation = watch.test() if config.evaluation.test else None
+    tiles = watch.save_tiles()
     report = watch.report(progress, evaluation, config.evaluation.test, trainer.tiles_per_round)
     if not trainer.parallel.is_main:
         return
@@ -249,7 +250,8 @@ def finish(trainer: Trainer, config: Config) -> None:
     if evaluation is not None:
         tracker.metrics(evaluation.as_metrics("test"), progress.rounds)
         print(f"test mIoU {evaluation.scores(trainer.method.headline).miou:.4f} ({trainer.method.headline})")
-    for file in (model, report, watch.folder / "config.yaml", *watch.folder.glob("test-*")):
+    files = [model, report, watch.folder / "config.yaml", *watch.folder.glob("test-*")]
+    for file in files if tiles is None else [*files, tiles]:
         tracker.artifact(file)
     print(f"model {model}\nreport {report}")
 

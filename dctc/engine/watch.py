@@ -24,7 +24,7 @@ from dctc.engine.parallel import Parallel
 from dctc.engine.parts import Part
 from dctc.engine.precision import Precision
 from dctc.evaluation.evaluate import Evaluation, evaluate_tiles
-from dctc.evaluation.pictures import draw_panels
+from dctc.evaluation.pictures import draw_panels, save_tiles
 from dctc.evaluation.report import write_evaluation
 from dctc.methods.base import Batch, Method, Survey, inference
 from shards.errors import InputError
@@ -135,8 +135,16 @@ class Watch:
 
     def draw(self, step: int) -> dict[str, Path]:
         """Image, label, every net's prediction and the headline's entropy for the same tiles each time (main rank)."""
+        file = self._look_at_tiles(draw_panels, self.folder / "pictures" / f"step-{step:08d}.png")
+        return {} if file is None else {"pictures": file}
+
+    def save_tiles(self) -> Path | None:
+        """The same tiles with what each net says of them at the end, for panels of several runs (main rank)."""
+        return self._look_at_tiles(save_tiles, self.folder / "tiles.npz")
+
+    def _look_at_tiles(self, write: Callable[..., Path], file: Path) -> Path | None:
         if not len(self.rows["pictures"]):
-            return {}
+            return None
         alone = Layout()
         batches = evaluation_batches(
             self.dataset, self.rows["pictures"], self.batch, alone, self._normaliser(), substitute=self.substitute
@@ -145,15 +153,8 @@ class Watch:
             if not self.parallel.is_main:  # parts that are sharded need all ranks for each forward pass
                 for (images, _, _), _ in batches:
                     self._logits(images)
-                return {}
-            file = draw_panels(
-                self._logits,
-                batches,
-                self.dataset.manifest,
-                self.folder / "pictures" / f"step-{step:08d}.png",
-                self.method.headline,
-            )
-        return {"pictures": file}
+                return None
+            return write(self._logits, batches, self.dataset.manifest, file, self.method.headline)
 
     def survey(self, wanted: Survey) -> Tensor:
         """The sum of what a method counts over all unlabelled tiles, over all ranks."""

@@ -7,25 +7,21 @@ import io
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from rich.table import Table
-from rich.text import Text
-
+from dctc.tracking import paper
+from dctc.tracking.found import Found, FoundRun, find_runs
 from dctc.tracking.journal import write_atomically
-from dctc.tracking.remote import load_mlflow, shown
+from dctc.tracking.remote import shown
 from shards.errors import InputError
 from shards.manifest import parse_share
 
-if TYPE_CHECKING:
-    from mlflow.entities import Run
-
-NETS = ("s1", "mean", "teacher")
+NETS = ("s1", "ema", "mean", "teacher", "s2")  # in this order, after the headline
 TAGS = {"share": "labelled_share"}  # short names of axes; any other axis is a tag of that name
+CLASSES = "class"  # the axis of a table of classes
 # Parameters in which runs may differ and still measure the same thing.
 NEUTRAL = (
     "run.",
@@ -41,9 +37,10 @@ NEUTRAL = (
 
 @dataclass(frozen=True)
 class Cell:
-    """Test scores by seed, as fractions of 1."""
+    """Test scores by seed, as fractions of 1; ``printed`` is the paper's, in percent."""
 
     scores: tuple[float, ...]
+    printed: float | None = None
 
     @property
     def mean(self) -> float:
@@ -55,14 +52,45 @@ class Cell:
         """Sample standard deviation over the seeds; None for a single one."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
+    @property
+    def difference(self) -> float | None:
+        """Percentage points above the paper's figure."""
+        return None if self.printed is None else 100 * self.mean - self.printed
+
     def __str__(self) -> str:
         spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
-        return f"{100 * self.mean:.1f}{spread} ({len(self.scores)})"
+        own = f"{100 * self.mean:.1f}{spread} ({len(self.scores)})"
+        return own if self.difference is None else f"{own}, paper {self.printed:.1f}, {self.difference:+.1f}"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run of a row takes: means over its runs, None where it was not logged."""
+
+    seconds: float | None
+    gflop: float | None
+    memory_gib: float | None
+
+    def __str__(self) -> str:
+        texts = (
+            (self.seconds, "{:.0f} s"),
+            (self.gflop, "{:.1f} GFLOP/round"),
+            (self.memory_gib, "{:.2f} GiB"),
+        )
+        return ", ".join(text.format(value) for value, text in texts if value is not None)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One table: the runs of one experiment on one dataset digest. Cells are by (row, net, column)."""
+    """One table: the runs of one experiment on one dataset digest.
+
+    Attributes:
+        axes: what the rows and the columns are.
+        cells: by (row, net, column).
+        headlines: row -> the net whose score is the method's. These compete for the best of a column.
+        costs: row -> cost.
+        runs: (row, column) -> the runs that count.
+    """
 
     experiment: str
     digest: str
@@ -70,66 +98,93 @@ class Comparison:
     axes: tuple[str, str]
     cells: Mapping[tuple[str, str, str], Cell]
     notes: tuple[str, ...]
+    headlines: Mapping[str, str] = field(default_factory=dict)
+    costs: Mapping[str, Cost] = field(default_factory=dict)
+    runs: Mapping[tuple[str, str], Sequence[FoundRun]] = field(default_factory=dict)
+    subject: str = ""
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        return f"{self.experiment}: {self.subject}test {self.metric} in %, mean ± std (seeds)"
 
     @property
     def columns(self) -> list[str]:
         """Column values, shares in order of size."""
-        return sorted({column for _, _, column in self.cells}, key=_order)
+        return sorted({column for _, _, column in self.cells}, key=order)
 
     @property
     def rows(self) -> list[tuple[str, str]]:
-        """(row value, net), each method's nets together in the order of :data:`NETS`."""
+        """(row value, net): rows in the paper's order, then by name; of each the headline first."""
         pairs = {(row, net) for row, net, _ in self.cells}
-        return sorted(pairs, key=lambda pair: (*_order(pair[0]), (*NETS, pair[1]).index(pair[1]), pair[1]))
+        return sorted(pairs, key=lambda pair: (_place(pair[0]), *order(pair[0]), self._turn(*pair), pair[1]))
 
-    def table(self) -> Table:
-        """For a terminal: percent, mean ± standard deviation (seeds), the best of each column in bold."""
-        title = f"{self.experiment}: test {self.metric} in %, mean ± std (seeds)\ndataset {self.digest[:12]}"
-        table = Table(title=title, caption="\n".join(self.notes) or None, caption_justify="left")
-        for column in (self.axes[0], "net", *self.columns):
-            table.add_column(column, justify="right" if column in self.columns else "left")
-        best = {c: max(cell.mean for key, cell in self.cells.items() if key[2] == c) for c in self.columns}
-        previous = None
-        for row, net in self.rows:
-            if previous not in (None, row):
-                table.add_section()
-            texts = [Text("–", style="dim")] * len(best)
-            for position, column in enumerate(best):
-                if cell := self.cells.get((row, net, column)):
-                    texts[position] = Text(str(cell), style="bold" if cell.mean == best[column] else "")
-            table.add_row("" if row == previous else row, net, *texts)
-            previous = row
-        return table
+    def is_headline(self, row: str, net: str) -> bool:
+        """Whether this net's score is the row's."""
+        return net == self.headlines.get(row, net)
+
+    def best(self, column: str) -> float:
+        """The best mean of a column among the headlines; nan without one."""
+        means = [c.mean for (row, net, at), c in self.cells.items() if at == column and self.is_headline(row, net)]
+        return max(means, default=math.nan)
+
+    def _turn(self, row: str, net: str) -> int:
+        return -1 if self.is_headline(row, net) else (*NETS, net).index(net)
 
 
 def compare(
     uri: str,
     experiment: str | None = None,
-    rows: str = "method",
+    rows: str | None = None,
     cols: str = "share",
     metric: str = "miou",
-    nets: Sequence[str] = NETS,
+    nets: Sequence[str] | None = None,
+    sweep: str | None = None,
+    beside: str | None = None,
 ) -> list[Comparison]:
     """The finished runs of ``experiment`` as tables, one for each dataset digest: scores on different tiles never mix.
 
-    ``experiment`` may be None when the server has one only; ``rows`` and ``cols`` are tags, or ``share``. Of several
-    runs of one row, column, seed and digest the latest counts.
+    Of several runs of one row, column, seed, digest and settings the latest counts. Runs of one row and column that
+    differ in a setting that matters become rows of their own, which name it.
+
+    Args:
+        rows, cols: tags, or ``share``. Rows are by default ``row`` where all runs have it (those of a sweep do), else
+            methods.
+        nets: which nets; by default all that were tested.
+        beside: the paper's dataset whose figures stand beside one's own.
 
     Raises:
-        InputError: when there is no such experiment, or no finished run with a test score in it.
+        InputError: when there is no such experiment or sweep, or no finished run with a test score in it.
     """
-    keys = {net: f"test/{net}/{metric}" for net in nets}
-    name, runs = _finished(uri, experiment)
-    by_digest: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        if any(key in run.data.metrics for key in keys.values()):
-            by_digest[_value(run, "dataset_digest")].append(run)
-    if not by_digest:
-        raise InputError(f"experiment {name!r} at {shown(uri)} has no finished run with a test {metric}")
+    found = find_runs(uri, experiment, sweep)
+    by_digest = _tested(found, metric, nets)
+    return [_table(found, runs, digest, (rows, cols), metric, nets, beside) for digest, runs in by_digest.items()]
+
+
+def compare_classes(
+    uri: str,
+    experiment: str | None = None,
+    cols: str = "share",
+    sweep: str | None = None,
+    beside: str | None = None,
+    row: str | None = None,
+) -> list[Comparison]:
+    """IoU by class of each row's headline, as in the paper's table 2: a table for each row (or ``row``) and digest.
+
+    Raises:
+        InputError: as :func:`compare`, or there is no such row.
+    """
+    found = find_runs(uri, experiment, sweep)
     tables = []
-    for digest, found in sorted(by_digest.items()):
-        cells, notes = _cells(found, (TAGS.get(rows, rows), TAGS.get(cols, cols)), keys)
-        tables.append(Comparison(name, digest, metric, (rows, cols), cells, notes))
+    names: set[str] = set()
+    for digest, runs in _tested(found, "miou", None).items():
+        whole = _table(found, runs, digest, (None, cols), "miou", None, None)
+        for name in dict.fromkeys(name for name, _ in whole.rows):
+            names.add(name)
+            if row in (None, name):
+                tables.append(_class_table(whole, name, beside))
+    if not tables:
+        raise InputError(f"no row {row!r} in experiment {found.experiment!r}; there are {', '.join(sorted(names))}")
     return tables
 
 
@@ -137,75 +192,170 @@ def write_csv(comparisons: Iterable[Comparison], path: Path) -> None:
     """All cells, one a line, unrounded fractions of 1. Atomic."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["experiment", "dataset_digest", "row", "net", "column", "metric", "mean", "std", "seeds"])
+    writer.writerow(
+        ["experiment", "dataset_digest", "subject", "row", "net", "column", "metric", "mean", "std", "seeds", "paper"]
+    )
     for table in comparisons:
         for (row, net, column), cell in sorted(table.cells.items()):
-            key = [table.experiment, table.digest, row, net, column, table.metric]
-            writer.writerow([*key, cell.mean, cell.std, len(cell.scores)])  # floats by repr, None as an empty cell
+            key = [table.experiment, table.digest, table.subject.rstrip(": "), row, net, column, table.metric]
+            printed = None if cell.printed is None else cell.printed / 100
+            writer.writerow([*key, cell.mean, cell.std, len(cell.scores), printed])  # None as an empty cell
     write_atomically(path, text.getvalue().encode())
 
 
-def _cells(
-    runs: Sequence[Run], axes: tuple[str, str], keys: Mapping[str, str]
-) -> tuple[dict[tuple[str, str, str], Cell], tuple[str, ...]]:
-    """Cells by (row, net, column), and what a reader must know of them."""
-    groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
-    for run in sorted(runs, key=lambda run: int(run.info.start_time)):
-        groups[_value(run, axes[0]), _value(run, axes[1])].append(run)
-    notes, cells = [], {}
+def _tested(found: Found, metric: str, nets: Sequence[str] | None) -> dict[str, list[FoundRun]]:
+    """Digest -> finished runs with a test score."""
+    by_digest: dict[str, list[FoundRun]] = defaultdict(list)
+    for run in found.finished:
+        if any(run.score(net, metric) is not None for net in nets or _nets(run, metric)):
+            by_digest[run.digest].append(run)
+    if not by_digest:
+        raise InputError(
+            f"experiment {found.experiment!r} at {shown(found.uri)} has no finished run with a test {metric}"
+        )
+    return dict(sorted(by_digest.items()))
+
+
+def _nets(run: FoundRun, metric: str) -> list[str]:
+    parts = [key.split("/") for key in run.metrics if key.startswith("test/")]
+    return [part[1] for part in parts if len(part) == 3 and part[2] == metric]
+
+
+def _table(
+    found: Found,
+    runs: Sequence[FoundRun],
+    digest: str,
+    axes: tuple[str | None, str],
+    metric: str,
+    nets: Sequence[str] | None,
+    beside: str | None,
+) -> Comparison:
+    row_of, row_axis = _row_axis(runs, axes[0])
+    groups: dict[tuple[str, str], list[FoundRun]] = defaultdict(list)
+    for run in runs:
+        groups[row_of(run), _value(run, TAGS.get(axes[1], axes[1]))].append(run)
+    groups, notes = _separated(groups)
+    counted: dict[tuple[str, str], Sequence[FoundRun]] = {}
+    cells: dict[tuple[str, str, str], Cell] = {}
+    headlines: dict[str, str] = {}
     for (row, column), group in groups.items():
-        by_seed = {run.data.tags.get("seed", run.info.run_id): run for run in group}  # the latest
+        by_seed = {run.tags.get("seed", run.id): run for run in group}  # the latest
         if len(by_seed) < len(group):
             notes.append(f"{row}, {column}: {len(group) - len(by_seed)} earlier run(s) of the same seed left out")
-        if mixed := _differences(group):
-            notes.append(f"{row}, {column}: these runs also differ in {', '.join(mixed)}")
-        for net, key in keys.items():
-            if scores := tuple(run.data.metrics[key] for run in by_seed.values() if key in run.data.metrics):
-                cells[row, net, column] = Cell(scores)
-    return cells, tuple(notes)
+        counted[row, column] = list(by_seed.values())
+        headlines[row] = group[-1].headline
+        for net in nets or dict.fromkeys(net for run in by_seed.values() for net in _nets(run, metric)):
+            scores = [score for run in by_seed.values() if (score := run.score(net, metric)) is not None]
+            known = beside is not None and metric == "miou" and net == headlines[row]
+            if scores:
+                cells[row, net, column] = Cell(
+                    tuple(scores), paper.printed(beside, row, column) if beside and known else None
+                )
+    notes += _unfinished(found, digest)
+    costs = {row: _cost([run for (r, _), group in counted.items() if r == row for run in group]) for row in headlines}
+    return Comparison(
+        found.experiment, digest, metric, (row_axis, axes[1]), cells, tuple(notes), headlines, costs, counted
+    )
 
 
-def _differences(runs: Iterable[Run]) -> list[str]:
+def _row_axis(runs: Sequence[FoundRun], axis: str | None) -> tuple[Callable[[FoundRun], str], str]:
+    """What a run's row is, and what to call that."""
+    if axis is None and all("row" in run.tags for run in runs):
+        axis = "row"
+    if axis not in (None, "method"):
+        tag = TAGS.get(axis, axis)
+        return lambda run: _value(run, tag), axis
+    networks = {run.tags.get("network", "unet") for run in runs}
+
+    def method(run: FoundRun) -> str:
+        name, network = _value(run, "method"), run.tags.get("network", "unet")
+        return name if len(networks) == 1 else f"{name}, {network}"
+
+    return method, "method"
+
+
+def _separated(
+    groups: Mapping[tuple[str, str], list[FoundRun]],
+) -> tuple[dict[tuple[str, str], list[FoundRun]], list[str]]:
+    """Rows in which runs of one cell differ in settings, divided by these; notes about those that were."""
+    mixed: dict[str, set[str]] = defaultdict(set)
+    for (row, _), group in groups.items():
+        mixed[row] |= _differences(group)
+    divided: dict[tuple[str, str], list[FoundRun]] = defaultdict(list)
+    for (row, column), group in groups.items():
+        for run in group:
+            values = [f"{key}={run.params.get(key, 'unset')}" for key in sorted(mixed[row])]
+            divided[f"{row} [{', '.join(values)}]" if values else row, column].append(run)
+    notes = [
+        f"{row}: its runs differ in {', '.join(sorted(keys))}, so it has several rows"
+        for row, keys in mixed.items() if keys
+    ]  # fmt: skip
+    return dict(divided), notes
+
+
+def _differences(runs: Iterable[FoundRun]) -> set[str]:
     """Names of the parameters, other than neutral ones, that are not the same in all runs."""
-    params = [run.data.params for run in runs]
+    params = [run.params for run in runs]
     keys = {key for values in params for key in values if not key.startswith(NEUTRAL)}
-    return sorted(key for key in keys if len({values.get(key) for values in params}) > 1)
+    return {key for key in keys if len({values.get(key) for values in params}) > 1}
 
 
-def _finished(uri: str, wanted: str | None) -> tuple[str, list[Run]]:
-    """The experiment's name and its finished runs."""
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise InputError(f"{uri}: no such database; train first, or set tracking.uri or MLFLOW_TRACKING_URI")
-    client = load_mlflow()(tracking_uri=uri)
-    from mlflow.exceptions import MlflowException
-
-    try:
-        known = {found.name: found.experiment_id for found in client.search_experiments() if found.name != "Default"}
-        wanted = next(iter(known)) if wanted is None and len(known) == 1 else wanted
-        if wanted not in known:
-            problem = "name an experiment" if wanted is None else f"no experiment {wanted!r}"
-            raise InputError(f"{problem}: {shown(uri)} has {', '.join(sorted(known)) or 'none'}")
-        runs: list[Run] = []
-        token: str | None = None
-        while token != "":
-            page = client.search_runs([known[wanted]], "attributes.status = 'FINISHED'", page_token=token)
-            runs += page
-            token = page.token or ""
-    except MlflowException as error:
-        raise InputError(f"{shown(uri)}: MLflow cannot be read ({str(error)[:200]})") from error
-    return wanted, runs
+def _unfinished(found: Found, digest: str) -> list[str]:
+    """Of each status that is not FINISHED, how many runs, and some names."""
+    by_status: dict[str, list[str]] = defaultdict(list)
+    for run in found.others:
+        if run.digest == digest:
+            by_status[run.status].append(run.name)
+    return [
+        f"{len(names)} run(s) {status.lower()}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for status, names in sorted(by_status.items())
+    ]
 
 
-def _value(run: Run, axis: str) -> str:
+def _cost(runs: Sequence[FoundRun]) -> Cost:
+    def mean(key: str) -> float | None:
+        values = [run.metrics[key] for run in runs if key in run.metrics]
+        return statistics.fmean(values) if values else None
+
+    return Cost(mean("perf/train_seconds"), mean("perf/round_gflop"), mean("perf/peak_memory_gib"))
+
+
+def _class_table(whole: Comparison, row: str, beside: str | None) -> Comparison:
+    net = whole.headlines[row]
+    prefix = f"test/{net}/iou/"
+    cells = {}
+    for (name, column), runs in whole.runs.items():
+        if name != row:
+            continue
+        labels = [key.removeprefix(prefix) for run in runs for key in run.metrics if key.startswith(prefix)]
+        for label in dict.fromkeys(labels):
+            scores = tuple(run.metrics[prefix + label] for run in runs if prefix + label in run.metrics)
+            known = beside is not None and paper.ROWS.get(row, row) == "Ours"
+            printed = paper.printed_class(beside, label, column) if beside and known else None
+            cells[label, net, column] = Cell(scores, printed)
+    return Comparison(
+        whole.experiment, whole.digest, "iou", (CLASSES, whole.axes[1]), cells, (),
+        {label: net for label, _, _ in cells}, subject=f"{row}: ",
+    )  # fmt: skip
+
+
+def _value(run: FoundRun, axis: str) -> str:
     """A run's tag; a share as the fraction it is, so that 0.5 and 1/2 are one column."""
-    value = str(run.data.tags.get(axis, "unknown"))
+    value = str(run.tags.get(axis, "unknown"))
     try:
         return str(parse_share(value)) if axis == "labelled_share" else value
     except InputError:
         return value
 
 
-def _order(value: str) -> tuple[float, str]:
+def _place(row: str) -> int:
+    """The paper's rows in the paper's order, others after them."""
+    known = [*paper.TABLE_1["potsdam"], *paper.TABLE_3["potsdam"]]
+    names = [*dict.fromkeys(name for name in known if name != "Ours"), "Ours"]
+    return (*names, row).index(row)
+
+
+def order(value: str) -> tuple[float, str]:
     """Numbers and shares by size, then names."""
     try:
         return float(Fraction(value)), value

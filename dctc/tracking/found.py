@@ -1,0 +1,113 @@
+"""The runs of an experiment, read from MLflow alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dctc.tracking.remote import load_mlflow, shown
+from shards.errors import InputError
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """One run.
+
+    Attributes:
+        status: FINISHED, FAILED, KILLED, RUNNING, ...
+        started: milliseconds since 1970.
+        metrics: the last value of each.
+    """
+
+    id: str
+    name: str
+    status: str
+    started: int
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+    @property
+    def headline(self) -> str:
+        """The net whose score is the method's."""
+        return self.tags.get("headline", "s1")
+
+    @property
+    def digest(self) -> str:
+        """Of the dataset: one digest, one set of tiles, splits and labels."""
+        return self.tags.get("dataset_digest", "unknown")
+
+    def score(self, net: str, metric: str) -> float | None:
+        """A test score, as a fraction of 1."""
+        return self.metrics.get(f"test/{net}/{metric}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The runs of one experiment; parents of sweeps are left out.
+
+    Attributes:
+        finished: those that ended well, oldest first.
+        others: the rest.
+    """
+
+    uri: str
+    experiment: str
+    finished: tuple[FoundRun, ...]
+    others: tuple[FoundRun, ...]
+
+
+def find_runs(uri: str, experiment: str | None = None, sweep: str | None = None) -> Found:
+    """Read the runs of an experiment, or those of one sweep in it.
+
+    ``experiment`` may be None when the server has one only.
+
+    Raises:
+        InputError: no such database, server, experiment or sweep.
+    """
+    client = open_client(uri)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        known = {found.name: found.experiment_id for found in client.search_experiments() if found.name != "Default"}
+        wanted = next(iter(known)) if experiment is None and len(known) == 1 else experiment
+        if wanted not in known:
+            problem = "name an experiment" if wanted is None else f"no experiment {wanted!r}"
+            raise InputError(f"{problem}: {shown(uri)} has {', '.join(sorted(known)) or 'none'}")
+        runs: list[FoundRun] = []
+        token: str | None = None
+        while token != "":
+            page = client.search_runs([known[wanted]], page_token=token)
+            runs += [_found(run) for run in page if run.data.tags.get("kind") != "sweep"]
+            token = page.token or ""
+    except MlflowException as error:
+        raise InputError(f"{shown(uri)}: MLflow cannot be read ({str(error)[:200]})") from error
+    if sweep is not None:
+        sweeps = sorted({run.tags["sweep"] for run in runs if "sweep" in run.tags})
+        runs = [run for run in runs if run.tags.get("sweep") == sweep]
+        if not runs:
+            raise InputError(f"experiment {wanted!r} has no sweep {sweep!r}; it has {', '.join(sweeps) or 'none'}")
+    runs.sort(key=lambda run: run.started)
+    finished = tuple(run for run in runs if run.status == "FINISHED")
+    return Found(uri, wanted, finished, tuple(run for run in runs if run.status != "FINISHED"))
+
+
+def open_client(uri: str) -> MlflowClient:
+    """A client of a server or database that is there; raises :class:`InputError`."""
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise InputError(f"{uri}: no such database; train first, or set tracking.uri or MLFLOW_TRACKING_URI")
+    return load_mlflow()(tracking_uri=uri)
+
+
+def _found(run: Run) -> FoundRun:
+    info, data = run.info, run.data
+    return FoundRun(
+        info.run_id, info.run_name or info.run_id, info.status, int(info.start_time or 0), dict(data.tags),
+        dict(data.params), dict(data.metrics),
+    )  # fmt: skip

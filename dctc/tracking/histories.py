@@ -1,0 +1,49 @@
+"""Curves over the rounds of the compared runs: how good what the nets say of unlabelled tiles is, by net and class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dctc.tracking.charts import Series
+from dctc.tracking.compare import Comparison
+from dctc.tracking.found import FoundRun, open_client
+from dctc.tracking.page import History
+
+PSEUDO, DYING = "train/pseudo/", "train/dying/"
+
+
+def histories(uri: str, comparison: Comparison) -> list[History]:
+    """For the first run of each cell: mIoU of each net on unlabelled tiles whose labels are held back, IoU by class of
+    its headline there, and the number of dying classes of each net. Curves of a single point are left out."""
+    found = []
+    for (row, column), runs in sorted(comparison.runs.items()):
+        run = runs[0]
+        curves = _curves(uri, run)
+        label = f"{row}, {comparison.axes[1]} {column}"
+        by_net = {key.split("/")[2]: line for key, line in curves.items() if key.endswith("/miou")}
+        prefix = f"{PSEUDO}{run.headline}/iou/"
+        by_class = {key.removeprefix(prefix): line for key, line in curves.items() if key.startswith(prefix)}
+        dying = {key.removeprefix(DYING): line for key, line in curves.items() if key.startswith(DYING)}
+        for caption, lines in (
+            (f"{label}: mIoU on unlabelled tiles, %", by_net),
+            (f"{label}: IoU of {run.headline} there, %", by_class),
+            (f"{label}: dying classes", dying if any(y for line in dying.values() for _, y, _ in line) else {}),
+        ):
+            if lines:
+                found.append(History(caption, [Series(name, points) for name, points in lines.items()]))
+    return found
+
+
+def _curves(uri: str, run: FoundRun) -> Mapping[str, list[tuple[float, float, float]]]:
+    """Metric -> (round, value, 0), values of pseudo labels in percent; those with at least two points."""
+    client = open_client(uri)
+    curves = {}
+    for key in sorted(run.metrics):
+        wanted = key.startswith(DYING) or (key.startswith(PSEUDO) and (key.endswith("/miou") or "/iou/" in key))
+        if not wanted:
+            continue
+        scale = 1.0 if key.startswith(DYING) else 100.0
+        points = {point.step: scale * point.value for point in client.get_metric_history(run.id, key)}
+        if len(points) > 1:
+            curves[key] = [(float(step), value, 0.0) for step, value in sorted(points.items())]
+    return curves

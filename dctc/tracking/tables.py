@@ -1,0 +1,81 @@
+"""A comparison as text: for a terminal, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from dctc.tracking.compare import Comparison
+from dctc.tracking.journal import write_atomically
+
+
+def terminal_table(comparison: Comparison) -> Table:
+    """Percent, mean ± standard deviation (seeds), the best headline of each column in bold, other nets dim."""
+    title = f"{comparison.title}\ndataset {comparison.digest[:12]}"
+    table = Table(title=title, caption="\n".join(comparison.notes) or None, caption_justify="left")
+    several = len({net for _, net in comparison.rows}) > 1
+    costs = any(str(cost) for cost in comparison.costs.values())
+    for column in (
+        comparison.axes[0],
+        *(["net"] if several else []),
+        *comparison.columns,
+        *(["a run"] if costs else []),
+    ):
+        table.add_column(column, justify="right" if column in comparison.columns else "left")
+    previous = None
+    for row, net in comparison.rows:
+        if previous not in (None, row) and several:
+            table.add_section()
+        texts = [_cell(comparison, row, net, column) for column in comparison.columns]
+        head = Text("" if row == previous else row)
+        tail = [Text(str(comparison.costs[row]) if row != previous else "")] if costs else []
+        table.add_row(head, *([Text(net)] if several else []), *texts, *tail)
+        previous = row
+    return table
+
+
+def _cell(comparison: Comparison, row: str, net: str, column: str) -> Text:
+    cell = comparison.cells.get((row, net, column))
+    if cell is None:
+        return Text("–", style="dim")
+    if not comparison.is_headline(row, net):
+        return Text(str(cell), style="dim")
+    return Text(str(cell), style="bold" if cell.mean == comparison.best(column) else "")
+
+
+def markdown(comparisons: Iterable[Comparison]) -> str:
+    """All tables, a heading each."""
+    parts = []
+    for comparison in comparisons:
+        heads = [comparison.axes[0], "net", *comparison.columns, "a run"]
+        lines = [f"## {_escaped(comparison.title)}", "", f"Dataset {comparison.digest[:12]}.", ""]
+        lines += ["| " + " | ".join(map(_escaped, heads)) + " |", "|" + "---|" * len(heads)]
+        for row, net in comparison.rows:
+            texts = [_markdown_cell(comparison, row, net, column) for column in comparison.columns]
+            cost = str(comparison.costs.get(row, "")) if comparison.is_headline(row, net) else ""
+            lines.append("| " + " | ".join([_escaped(row), _escaped(net), *texts, cost]) + " |")
+        lines += ["", *(f"- {_escaped(note)}" for note in comparison.notes)]
+        parts.append("\n".join(lines).rstrip() + "\n")
+    return "\n".join(parts)
+
+
+def write_markdown(comparisons: Iterable[Comparison], path: Path) -> None:
+    """The same as a file. Atomic."""
+    write_atomically(path, markdown(comparisons).encode())
+
+
+def _markdown_cell(comparison: Comparison, row: str, net: str, column: str) -> str:
+    cell = comparison.cells.get((row, net, column))
+    if cell is None:
+        return "–"
+    best = comparison.is_headline(row, net) and cell.mean == comparison.best(column)
+    return f"**{cell}**" if best else str(cell)
+
+
+def _escaped(text: str) -> str:
+    for character in "\\|<>*_[]`":
+        text = text.replace(character, "\\" + character)
+    return text

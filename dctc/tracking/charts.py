@@ -78,7 +78,7 @@ def write_figure6(comparisons: Sequence[Comparison], path: Path) -> None:
             axes.axhline(y[0], ls="--", color=color, lw=1.3, label=line.name)
         else:
             axes.errorbar(x, y, error if any(error) else None, fmt="o-", ms=4, capsize=3, color=color, label=line.name)
-    axes.set(xlabel="labelled share, %", ylabel=f"test {comparisons[0].metric}, %", title=comparisons[0].experiment)
+    axes.set(xlabel="labelled share, %", ylabel=f"test {comparisons[0].measure}, %", title=comparisons[0].experiment)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)

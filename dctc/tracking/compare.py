@@ -21,6 +21,7 @@ from shards.manifest import parse_share
 
 NETS = ("s1", "ema", "mean", "teacher", "s2")  # in this order, after the headline
 TAGS = {"share": "labelled_share"}  # short names of axes; any other axis is a tag of that name
+SPELLED = {"miou": "mIoU", "iou": "IoU", "pa": "PA", "mpa": "MPA", "f1": "F1", "fwiou": "fwIoU"}
 CLASSES = "class"  # the axis of a table of classes
 # Parameters in which runs may differ and still measure the same thing.
 NEUTRAL = (
@@ -106,7 +107,12 @@ class Comparison:
     @property
     def title(self) -> str:
         """In words."""
-        return f"{self.experiment}: {self.subject}test {self.metric} in %, mean ± std (seeds)"
+        return f"{self.experiment}: {self.subject}test {self.measure} in %, mean ± std (seeds)"
+
+    @property
+    def measure(self) -> str:
+        """The metric as people write it."""
+        return SPELLED.get(self.metric, self.metric)
 
     @property
     def columns(self) -> list[str]:
@@ -124,7 +130,9 @@ class Comparison:
         return net == self.headlines.get(row, net)
 
     def best(self, column: str) -> float:
-        """The best mean of a column among the headlines; nan without one."""
+        """The best mean of a column among the headlines; nan without one, and in a table of classes."""
+        if self.axes[0] == CLASSES:
+            return math.nan
         means = [c.mean for (row, net, at), c in self.cells.items() if at == column and self.is_headline(row, net)]
         return max(means, default=math.nan)
 

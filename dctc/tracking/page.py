@@ -31,7 +31,7 @@ th[aria-sort=ascending] button::after { content: " \\2191"; opacity: 1; }
 th[aria-sort=descending] button::after { content: " \\2193"; opacity: 1; }
 tr.other td { opacity: .62; } td.best { font-weight: 700; } small { opacity: .75; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
-figure { margin: 0; } figcaption { font-weight: 600; font-size: .9rem; } svg { width: 100%; height: auto; }
+figure { margin: 0; max-width: 40rem; } figcaption { font-weight: 600; font-size: .9rem; } svg { width: 100%; height: auto; }
 svg text { fill: currentColor; font-size: 11px; } .grid { stroke: currentColor; opacity: .15; }
 .key { list-style: none; padding: 0; margin: .2rem 0; display: flex; flex-wrap: wrap; gap: .2rem .9rem; }
 .key { font-size: .85rem; }
@@ -108,7 +108,7 @@ def _section(table: Comparison, extra: Extras) -> str:
         parts.append("<ul>" + "".join(f"<li>{escape(note)}</li>" for note in table.notes) + "</ul>")
     lines = figure6(table) if table.axes[1] == "share" and table.costs else []
     if any(not line.dashed for line in lines):
-        parts.append(f'<div class="charts">{svg(lines, "labelled share, %", f"test {table.metric}, %")}</div>')
+        parts.append(f'<div class="charts">{svg(lines, "labelled share, %", f"test {table.measure}, %")}</div>')
     for caption, data in extra.panels:
         encoded = base64.b64encode(data).decode()
         image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{encoded}">'

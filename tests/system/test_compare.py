@@ -238,7 +238,7 @@ def test_classes_of_a_row(store: Store) -> None:
     assert table.axes == ("class", "share")
     assert table.cells["car", "s1", "1/2"].scores == (0.4, 0.6)
     assert table.cells["car", "s1", "1/2"].printed == 78.8
-    assert "dctc: test iou" in printed(table)
+    assert "dctc: test IoU" in printed(table)
     with pytest.raises(InputError, match=r"no row 'cps' .*; there are dctc"):
         compare_classes(store.uri, store.name, row="cps")
 

@@ -31,7 +31,8 @@ th[aria-sort=ascending] button::after { content: " \\2191"; opacity: 1; }
 th[aria-sort=descending] button::after { content: " \\2193"; opacity: 1; }
 tr.other td { opacity: .62; } td.best { font-weight: 700; } small { opacity: .75; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
-figure { margin: 0; max-width: 40rem; } figcaption { font-weight: 600; font-size: .9rem; } svg { width: 100%; height: auto; }
+figure { margin: 0; max-width: 40rem; } figcaption { font-weight: 600; font-size: .9rem; }
+svg { width: 100%; height: auto; }
 svg text { fill: currentColor; font-size: 11px; } .grid { stroke: currentColor; opacity: .15; }
 .key { list-style: none; padding: 0; margin: .2rem 0; display: flex; flex-wrap: wrap; gap: .2rem .9rem; }
 .key { font-size: .85rem; }

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
+CHANGED = "changed/"  # tags of a continued run: MLflow keeps params as they were
+
 
 @dataclass(frozen=True)
 class FoundRun:
@@ -22,6 +24,7 @@ class FoundRun:
     Attributes:
         status: FINISHED, FAILED, KILLED, RUNNING, ...
         started: milliseconds since 1970.
+        params: with what a continued run changed.
         metrics: the last value of each.
     """
 
@@ -107,7 +110,10 @@ def open_client(uri: str) -> MlflowClient:
 
 def _found(run: Run) -> FoundRun:
     info, data = run.info, run.data
+    changed = {
+        key.removeprefix(CHANGED): value for key, value in data.tags.items() if key.startswith(CHANGED)
+    }  # fmt: skip
     return FoundRun(
         info.run_id, info.run_name or info.run_id, info.status, int(info.start_time or 0), dict(data.tags),
-        dict(data.params), dict(data.metrics),
+        dict(data.params) | changed, dict(data.metrics),
     )  # fmt: skip

@@ -1,7 +1,9 @@
-"""A comparison as text: for a terminal, and as Markdown."""
+"""A comparison as text: for a terminal, as Markdown, and as CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -79,3 +81,18 @@ def _escaped(text: str) -> str:
     for character in "\\|<>*_[]`":
         text = text.replace(character, "\\" + character)
     return text
+
+
+def write_csv(comparisons: Iterable[Comparison], path: Path) -> None:
+    """All cells, one a line, unrounded fractions of 1. Atomic."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["experiment", "dataset_digest", "subject", "row", "net", "column", "metric", "mean", "std", "seeds", "paper"]
+    )
+    for table in comparisons:
+        for (row, net, column), cell in sorted(table.cells.items()):
+            key = [table.experiment, table.digest, table.subject.rstrip(": "), row, net, column, table.metric]
+            printed = None if cell.printed is None else cell.printed / 100
+            writer.writerow([*key, cell.mean, cell.std, len(cell.scores), printed])  # None as an empty cell
+    write_atomically(path, text.getvalue().encode())

@@ -129,6 +129,7 @@ class ScheduleConfig(_Section):
     epochs: Count = 100
     rounds: Count | None = None
     warmup_epochs: Annotated[int, Field(ge=0)] | None = None  # None is 5 %: the paper's 5 of 100
+    shape: Literal["cosine", "poly"] = "cosine"
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> ScheduleConfig:

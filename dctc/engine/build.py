@@ -163,7 +163,7 @@ def prepare(config: Config, dataset: Dataset, parallel: Parallel, run: Run, stop
     method.parts.update(updater.modules)
     schedule = Schedule.plan(
         len(index.rows("train")), config.data.batch_labelled,
-        config.schedule.epochs, config.schedule.warmup, config.schedule.rounds,
+        config.schedule.epochs, config.schedule.warmup, config.schedule.rounds, config.schedule.shape,
     )  # fmt: skip
     if run.source is not None:
         checkpoints.load_optimizers(run.source, updater.parts)

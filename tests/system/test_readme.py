@@ -133,6 +133,14 @@ def write_own_scenes(command: str, work: Path) -> None:
     shutil.copy(town / "images" / "part0.tif", town / "new.tif")
 
 
+def run_part_of_a_sweep(command: str, work: Path) -> None:
+    """Two rows and one seed of it."""
+    path = work / command.split()[2]
+    sweep = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(sweep | {"rows": sweep["rows"][-2:], "seeds": [0]}))
+    assert run(f"{command} {SMALL_RUN}", work).count("test mIoU") == 2
+
+
 def open_mlflow(command: str, work: Path) -> None:
     """Start the server, see that it answers with the page, stop it."""
     with socket.socket() as probe:
@@ -166,6 +174,7 @@ RULES: list[tuple[str, Callable[[str, Path], None]]] = [
     (r"pip install -c constraints\.txt -e \S+", check_is_in_makefile),
     (r"cp configs/data/own_scenes\.yaml my_town\.yaml", write_own_scenes),
     (r"mlflow ui .*", open_mlflow),
+    (r"dctc sweep .*", run_part_of_a_sweep),
     (r"(dctc|accelerate launch) .*", run_smaller),
 ]
 
@@ -237,7 +246,7 @@ def test_the_commands_of_a_section_work_in_their_order(section: str, work: Path)
         rule_of(command)(command, work)
 
 
-@pytest.mark.parametrize("page", ["README.md", "launch/README.md", "docs/operations.md"])
+@pytest.mark.parametrize("page", ["README.md", "launch/README.md", "docs/operations.md", "docs/comparing.md"])
 def test_what_a_page_points_at_exists(page: str) -> None:
     text = (ROOT / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]

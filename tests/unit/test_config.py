@@ -268,7 +268,8 @@ DECIDING = {
     "network.name": "other", "network.width": 8, "network.norm": "group", "method.name": "supervised",
     "method.sharpen": "none", "optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.betas": [0.5, 0.5],
     "optimizer.eps": 0.1, "optimizer.momentum": 0.5, "optimizer.weight_decay": 0.1, "optimizer.clip": 1.0,
-    "schedule.epochs": 50, "schedule.rounds": 70, "schedule.warmup_epochs": 1, "precision.dtype": "bf16",
+    "schedule.epochs": 50, "schedule.rounds": 70, "schedule.warmup_epochs": 1,
+    "schedule.shape": "poly", "precision.dtype": "bf16",
     "precision.channels_last": True, "run.seed": 1,
 }  # fmt: skip
 LAYOUT = {

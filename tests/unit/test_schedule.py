@@ -65,3 +65,12 @@ def test_the_whole_cosine_is_used() -> None:
     assert rates[499] == rates[500] == 1
     assert math.isclose(schedule.factor(500 + 9500 // 2), 0.5)
     assert rates[-1] < 1e-6
+
+
+def test_poly_is_a_power_of_what_is_left() -> None:
+    schedule = Schedule.plan(400, 4, 100, 5, None, "poly")
+    assert (schedule.rounds, schedule.warmup) == (10_000, 500)
+    assert schedule.factor(499) == 1.0
+    for step in (500, 3000, 9999):
+        left = (10_000 - step) / 9_500
+        assert math.isclose(schedule.factor(step), left**0.9)

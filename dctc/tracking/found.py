@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,9 @@ class FoundRun:
         return self.tags.get("dataset_digest", "unknown")
 
     def score(self, net: str, metric: str) -> float | None:
-        """A test score, as a fraction of 1."""
-        return self.metrics.get(f"test/{net}/{metric}")
+        """A test score, as a fraction of 1; None without one, and for one that is not finite."""
+        value = self.metrics.get(f"test/{net}/{metric}")
+        return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def separate(groups: Groups) -> Separated:
     keys: dict[str, frozenset[str]] = {}
     for (row, column), group in groups.items():
         for run in group:
-            values = [f"{key}={_value(run, key)}" for key in sorted(mixed[row])]
+            values = [f"{key}={run.params.get(key, 'unset')}" for key in sorted(mixed[row])]
             name = f"{row} [{', '.join(values)}]" if values else row
             divided[name, column].append(run)
             keys[name] = mixed[row]
@@ -78,9 +78,11 @@ def unequal(separated: Separated) -> list[str]:
         rows: dict[str, dict[str, None]] = defaultdict(dict)
         for (row, _), group in separated.groups.items():
             for run in group:
-                rows[_value(run, key)][row] = None
+                if key in run.params:
+                    rows[run.params[key]][row] = None
         texts = [f"{value} ({_some(list(names))})" for value, names in sorted(rows.items())]
-        notes.append(f"not all runs have the same {key}: {'; '.join(texts)}")
+        if len(texts) > 1:
+            notes.append(f"not all runs have the same {key}: {'; '.join(texts)}")
     return notes
 
 
@@ -89,10 +91,6 @@ def _differences(runs: Iterable[FoundRun]) -> frozenset[str]:
     params = [run.params for run in runs]
     keys = {key for values in params for key in values if not key.startswith(NEUTRAL)}
     return frozenset(key for key in keys if len({values.get(key) for values in params}) > 1)
-
-
-def _value(run: FoundRun, key: str) -> str:
-    return run.params.get(key, "unset")
 
 
 def _some(names: Sequence[str]) -> str:

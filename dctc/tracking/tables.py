@@ -7,17 +7,23 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dctc.tracking.compare import Comparison
+from dctc.tracking.compare import Comparison, Cost
 from dctc.tracking.journal import write_atomically
 
+COLUMNS = (
+    *("experiment", "dataset_digest", "subject", "row", "net", "column", "metric", "mean", "std", "seeds", "paper"),
+    *("headline", "train_seconds", "round_gflop", "peak_memory_gib"),
+)
 
-def terminal_table(comparison: Comparison) -> Table:
+
+def terminal_table(comparison: Comparison) -> Group:
     """Percent, mean ± standard deviation (seeds), the best headline of each column in bold, other nets dim."""
-    title = f"{comparison.title}\ndataset {comparison.digest[:12]}"
-    table = Table(title=title, caption="\n".join(comparison.notes) or None, caption_justify="left")
+    title = Text(f"{comparison.title}\ndataset {comparison.digest[:12]}", "italic")
+    table = Table()
     several = len({net for _, net in comparison.rows}) > 1
     costs = any(str(cost) for cost in comparison.costs.values())
     for column in (
@@ -26,7 +32,7 @@ def terminal_table(comparison: Comparison) -> Table:
         *comparison.columns,
         *(["a run"] if costs else []),
     ):
-        table.add_column(column, justify="right" if column in comparison.columns else "left")
+        table.add_column(Text(column), justify="right" if column in comparison.columns else "left")
     previous = None
     for row, net in comparison.rows:
         if previous not in (None, row) and several:
@@ -36,16 +42,17 @@ def terminal_table(comparison: Comparison) -> Table:
         tail = [Text(str(comparison.costs[row]) if row != previous else "")] if costs else []
         table.add_row(head, *([Text(net)] if several else []), *texts, *tail)
         previous = row
-    return table
+    return Group(title, table, *map(Text, comparison.notes))  # Text: brackets in names are no markup
 
 
 def _cell(comparison: Comparison, row: str, net: str, column: str) -> Text:
     cell = comparison.cells.get((row, net, column))
     if cell is None:
         return Text("–", style="dim")
+    lines = str(cell).replace(", ", "\n", 1)  # the paper's figure below one's own
     if not comparison.is_headline(row, net):
-        return Text(str(cell), style="dim")
-    return Text(str(cell), style="bold" if cell.mean == comparison.best(column) else "")
+        return Text(lines, style="dim")
+    return Text(lines, style="bold" if cell.mean == comparison.best(column) else "")
 
 
 def markdown(comparisons: Iterable[Comparison]) -> str:
@@ -84,15 +91,16 @@ def _escaped(text: str) -> str:
 
 
 def write_csv(comparisons: Iterable[Comparison], path: Path) -> None:
-    """All cells, one a line, unrounded fractions of 1. Atomic."""
+    """All cells, one a line, unrounded fractions of 1, and what a run of the row takes. Atomic."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["experiment", "dataset_digest", "subject", "row", "net", "column", "metric", "mean", "std", "seeds", "paper"]
-    )
+    writer.writerow(COLUMNS)
     for table in comparisons:
         for (row, net, column), cell in sorted(table.cells.items()):
             key = [table.experiment, table.digest, table.subject.rstrip(": "), row, net, column, table.metric]
             printed = None if cell.printed is None else cell.printed / 100
-            writer.writerow([*key, cell.mean, cell.std, len(cell.scores), printed])  # None as an empty cell
+            cost = table.costs.get(row, Cost(None, None, None))
+            took = [cost.seconds, cost.gflop, cost.memory_gib]
+            headline = int(table.is_headline(row, net))
+            writer.writerow([*key, cell.mean, cell.std, len(cell.scores), printed, headline, *took])  # None: empty
     write_atomically(path, text.getvalue().encode())

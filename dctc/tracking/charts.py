@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#777777")
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 300, 46, 40, 14
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 300, 50, 46, 14
 Scale = Callable[[float], float]
 
 
@@ -156,12 +156,12 @@ def svg(lines: Sequence[Series], x_label: str, y_label: str) -> str:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 10}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{down(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
     parts += [
-        f'<text x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{x:g}</text>'
+        f'<text x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:g}</text>'
         for x in _ticks(left, right)
     ]
     for line, color in _colored(lines):
         parts += _drawn(line, color, across, down)
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>')
     keys = "".join(
         f'<li><span class="{_mark(line)}" style="border-color:{color};background-color:{color}"></span>'
         f"{escape(line.name)}</li>"

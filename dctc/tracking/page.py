@@ -23,20 +23,23 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 74rem; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 .table, .panel { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+.panel { width: fit-content; max-width: 100%; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th:first-child { text-align: left; } tbody th { font-weight: 400; }
+th:first-child { text-align: left; position: sticky; left: 0; background: Canvas; } tbody th { font-weight: 400; }
 tr:last-child > * { border-bottom: 0; } thead > tr > * { border-bottom: 1px solid var(--line); }
 thead button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; }
 thead button, summary { cursor: pointer; }
 thead button::after { content: " \\2195"; opacity: .4; }
 th[aria-sort=ascending] button::after { content: " \\2191"; opacity: 1; }
 th[aria-sort=descending] button::after { content: " \\2193"; opacity: 1; }
-tr.other > * { opacity: .65; } td.best { font-weight: 700; } small { opacity: .75; }
+tr.other > * { color: color-mix(in srgb, CanvasText 62%, Canvas); }
+td.best { font-weight: 700; } small { opacity: .75; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
 figure { margin: 0; max-width: 40rem; } figcaption { font-weight: 600; font-size: .9rem; }
 svg { width: 100%; height: auto; }
-svg text { fill: currentColor; font-size: 11px; } .grid { stroke: currentColor; opacity: .15; }
+svg text { fill: currentColor; font-size: 11px; } @media (max-width: 36rem) { svg text { font-size: 17px; } }
+.grid { stroke: currentColor; opacity: .15; }
 .key { list-style: none; padding: 0; margin: .2rem 0; display: flex; flex-wrap: wrap; gap: .2rem .9rem; }
 .key { font-size: .85rem; }
 .key span { display: inline-block; width: .8em; height: .8em; margin-right: .35em; border-radius: 50%; }

@@ -39,7 +39,11 @@ def terminal_table(comparison: Comparison) -> Group:
             table.add_section()
         texts = [_cell(comparison, row, net, column) for column in comparison.columns]
         head = Text("" if row == previous else row)
-        tail = [Text(str(comparison.costs[row]) if row != previous else "")] if costs else []
+        tail = (
+            [Text(str(comparison.costs[row]).replace(", ", "\n") if row != previous else "", no_wrap=True)]
+            if costs
+            else []
+        )
         table.add_row(head, *([Text(net)] if several else []), *texts, *tail)
         previous = row
     return Group(title, table, *map(Text, comparison.notes))  # Text: brackets in names are no markup

@@ -38,7 +38,7 @@ td.best { font-weight: 700; } small { opacity: .75; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
 figure { margin: 0; max-width: 40rem; } figcaption { font-weight: 600; font-size: .9rem; }
 svg { width: 100%; height: auto; }
-svg text { fill: currentColor; font-size: 11px; } @media (max-width: 36rem) { svg text { font-size: 17px; } }
+svg text { fill: currentColor; font-size: 14px; } @media (max-width: 36rem) { svg text { font-size: 17px; } }
 .grid { stroke: currentColor; opacity: .15; }
 .key { list-style: none; padding: 0; margin: .2rem 0; display: flex; flex-wrap: wrap; gap: .2rem .9rem; }
 .key { font-size: .85rem; }

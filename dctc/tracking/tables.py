@@ -14,6 +14,7 @@ from rich.text import Text
 from dctc.tracking.compare import Comparison, Cost
 from dctc.tracking.journal import write_atomically
 
+COST = "a run"  # heading of what a run takes
 COLUMNS = (
     *("experiment", "dataset_digest", "subject", "row", "net", "column", "metric", "mean", "std", "seeds", "paper"),
     *("headline", "train_seconds", "round_gflop", "peak_memory_gib"),
@@ -30,20 +31,18 @@ def terminal_table(comparison: Comparison) -> Group:
         comparison.axes[0],
         *(["net"] if several else []),
         *comparison.columns,
-        *(["a run"] if costs else []),
+        *([COST] if costs else []),
     ):
-        table.add_column(Text(column), justify="right" if column in comparison.columns else "left")
+        table.add_column(
+            Text(column), justify="right" if column in comparison.columns else "left", no_wrap=column == COST
+        )
     previous = None
     for row, net in comparison.rows:
         if previous not in (None, row) and several:
             table.add_section()
         texts = [_cell(comparison, row, net, column) for column in comparison.columns]
         head = Text("" if row == previous else row)
-        tail = (
-            [Text(str(comparison.costs[row]).replace(", ", "\n") if row != previous else "", no_wrap=True)]
-            if costs
-            else []
-        )
+        tail = [Text(str(comparison.costs[row]).replace(", ", "\n") if row != previous else "")] if costs else []
         table.add_row(head, *([Text(net)] if several else []), *texts, *tail)
         previous = row
     return Group(title, table, *map(Text, comparison.notes))  # Text: brackets in names are no markup
@@ -53,7 +52,7 @@ def _cell(comparison: Comparison, row: str, net: str, column: str) -> Text:
     cell = comparison.cells.get((row, net, column))
     if cell is None:
         return Text("–", style="dim")
-    lines = str(cell).replace(", ", "\n", 1)  # the paper's figure below one's own
+    lines = str(cell).replace(", ", "\n")  # the paper's figure below one's own
     if not comparison.is_headline(row, net):
         return Text(lines, style="dim")
     return Text(lines, style="bold" if cell.mean == comparison.best(column) else "")
@@ -63,7 +62,7 @@ def markdown(comparisons: Iterable[Comparison]) -> str:
     """All tables, a heading each."""
     parts = []
     for comparison in comparisons:
-        heads = [comparison.axes[0], "net", *comparison.columns, "a run"]
+        heads = [comparison.axes[0], "net", *comparison.columns, COST]
         lines = [f"## {_escaped(comparison.title)}", "", f"Dataset {comparison.digest[:12]}.", ""]
         lines += ["| " + " | ".join(map(_escaped, heads)) + " |", "|" + "---|" * len(heads)]
         for row, net in comparison.rows:

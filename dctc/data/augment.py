@@ -38,8 +38,7 @@ class View:
     ``none`` changes nothing (the paper). ``flips``: one of the eight symmetries of a square. ``weak``: that, after a
     scale drawn log-uniformly from 0.5 to 2 and a crop, or a place for the shrunk picture, at random. ``strong``: the
     geometry of ``weak`` and then photometry (:mod:`dctc.data.photometry`). ``noise``: noise alone, no geometry.
-    Views of one ``geometry`` number share their
-    geometry, so that a strong view lies pixel by pixel on a weak one.
+    Views of one ``geometry`` number share their geometry, so that a strong view lies pixel by pixel on a weak one.
 
     Attributes:
         seed, stream: key of the randomness, with a sample's stream position.

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dctc.methods import Method, OptionError, build_method, inference
-from dctc.networks import NetworkSpec, UnknownNetwork
+from dctc.networks import NetworkSpec, UnavailableBackbone, UnknownNetwork
 from shards.errors import InputError
 from shards.manifest import ClassInfo
 
@@ -167,7 +167,7 @@ class Bundle:
                 module.load_state_dict(
                     {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
                 )
-        except (OptionError, UnknownNetwork, RuntimeError) as error:
+        except (OptionError, UnknownNetwork, UnavailableBackbone, RuntimeError) as error:
             raise InputError(f"{path}: its weights and its description do not fit: {error}") from None
         return cls(description, method, torch.device(device))
 

@@ -94,6 +94,7 @@ class NetworkConfig(_Section):
 
     name: str = "unet"
     width: Count = 64
+    backbone: str = ""  # of network timm_unet: the name of a timm network
     norm: Literal["auto", "batch", "sync", "group"] = "auto"
 
 

@@ -17,10 +17,13 @@ from torch import Tensor
 from dctc.data.geometry import rescale, square_symmetry
 from dctc.data.order import augmentation_words
 from dctc.data.photometry import WORDS as PHOTOMETRIC_WORDS
-from dctc.data.photometry import distort
+from dctc.data.photometry import add_noise, distort
 from shards.manifest import IGNORE
 
-Kind = Literal["none", "flips", "weak", "strong"]
+Kind = Literal["none", "flips", "weak", "strong", "noise"]
+NOISE = (
+    0.15  # deviation of the view ``noise``, in deviations of the dataset: Mean Teacher's (Tarvainen and Valpola, 2017)
+)
 
 SYMMETRIES = 8  # of a square: four quarter turns, each also mirrored
 SMALLEST, LARGEST = 0.5, 2.0  # scales of the weak view
@@ -34,8 +37,8 @@ class View:
 
     ``none`` changes nothing (the paper). ``flips``: one of the eight symmetries of a square. ``weak``: that, after a
     scale drawn log-uniformly from 0.5 to 2 and a crop, or a place for the shrunk picture, at random. ``strong``: the
-    geometry of ``weak`` and then photometry (:mod:`dctc.data.photometry`). Views of one ``geometry`` number share their
-    geometry, so that a strong view lies pixel by pixel on a weak one.
+    geometry of ``weak`` and then photometry (:mod:`dctc.data.photometry`). ``noise``: noise alone, no geometry.
+    Views of one ``geometry`` number share their geometry, so that a strong view lies pixel by pixel on a weak one.
 
     Attributes:
         seed, stream: key of the randomness, with a sample's stream position.
@@ -70,7 +73,7 @@ class View:
         self, images: Tensor, valid: Tensor, labels: Tensor | None, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The geometry alone; what comes from beyond the tile is not valid, and ignore in the labels."""
-        if self.kind == "none":
+        if self.kind in ("none", "noise"):
             return images, valid, labels
         number = self.number if self.geometry is None else self.geometry
         words = augmentation_words(self.seed, self.stream, positions.numpy(), 4, number)
@@ -83,9 +86,11 @@ class View:
 
     def colour(self, images: Tensor, valid: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """The photometry alone: images, and what is still valid of them (a box may be cut out)."""
-        if self.kind != "strong":
+        if self.kind not in ("strong", "noise"):
             return images, valid
         words = augmentation_words(self.seed, self.stream, positions.numpy(), 4 + PHOTOMETRIC_WORDS, self.number)
+        if self.kind == "noise":
+            return add_noise(images, valid, words[:, 4:], NOISE), valid
         return distort(images, valid, words[:, 4:])
 
 

@@ -146,7 +146,7 @@ class TrainingStream:
         order, mix: the kind of order, and the shards that order "block" shuffles together.
         substitute: read another tile of ``rows`` in place of a damaged one (:class:`TileDataset`), saying so once.
         prefetch: batches that each worker holds ready.
-        views: photometric views of each sample beside the image itself.
+        views, view_kind: photometric views of each sample beside the image itself.
         boxes: CutMix boxes for the method to mix with, drawn for each view; None where it needs none.
         damaged: the damaged rows met so far.
     """
@@ -166,6 +166,7 @@ class TrainingStream:
     prefetch: int = PREFETCH
     cutmix: bool = False
     views: int = 0
+    view_kind: Literal["strong", "noise"] = "strong"
     boxes: BoxSpec | None = None
     damaged: set[int] = field(default_factory=set, compare=False)
 
@@ -231,7 +232,7 @@ class TrainingStream:
         images, valid = view.colour(placed, seen, positions)
         if truth is not None and self.augment == "strong":
             truth = torch.where(valid, truth, IGNORE)
-        others = [View("strong", self.seed, self.number, k + 1) for k in range(self.views)]
+        others = [View(self.view_kind, self.seed, self.number, k + 1) for k in range(self.views)]
         shown = [other.colour(placed, seen, positions) for other in others]
         partner = None
         if self.cutmix or self.boxes is not None:

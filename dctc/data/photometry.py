@@ -50,6 +50,12 @@ def distort(images: Tensor, valid: Tensor, words: NDArray[np.uint64]) -> tuple[T
     return torch.where(valid[:, None], x, 0.0), valid
 
 
+def add_noise(images: Tensor, valid: Tensor, words: NDArray[np.uint64], deviation: float) -> Tensor:
+    """Images [B,C,S,S] with noise of that deviation where they are valid [B,S,S]; ``words`` as above."""
+    key = torch.from_numpy((words[:, -1] >> np.uint64(32)).astype(np.int64)).to(images.device, non_blocking=True)
+    return torch.where(valid[:, None], images + deviation * _noise(images, key), 0.0)
+
+
 def _blurred(x: Tensor, deviation: Tensor) -> Tensor:
     """Each sample with its own Gaussian, as shifted sums: the same whatever else is in the batch."""
     offsets = torch.arange(-_RADIUS, _RADIUS + 1, device=x.device)

@@ -32,7 +32,7 @@ from dctc.engine.watch import Watch
 from dctc.evaluation.evaluate import peak_memory_gib
 from dctc.methods import Method, OptionError, build_method, parse_options
 from dctc.methods.base import Length
-from dctc.networks import NetworkSpec, UnknownNetwork
+from dctc.networks import NetworkSpec, UnavailableBackbone, UnknownNetwork
 from shards.errors import InputError
 from shards.index import Index
 from shards.manifest import Dataset
@@ -317,6 +317,8 @@ def _method(config: Config, dataset: Dataset, parallel: Parallel) -> Method:
         return build_method(config.method.name, _network_spec(config, dataset, parallel), config.method.options)
     except UnknownNetwork as error:
         raise InputError(f"key network.name: {error}") from None
+    except UnavailableBackbone as error:
+        raise InputError(f"key network.backbone is {config.network.backbone!r}: {error}") from None
 
 
 def _network_spec(config: Config, dataset: Dataset, parallel: Parallel | None = None) -> NetworkSpec:
@@ -329,7 +331,10 @@ def _network_spec(config: Config, dataset: Dataset, parallel: Parallel | None = 
     elif norm == "sync" and parallel.device.type != "cuda":
         raise InputError("network.norm is sync, which needs GPUs: use batch or group on CPU")
     manifest = dataset.manifest
-    return NetworkSpec(len(manifest.bands), len(manifest.classes), config.network.name, config.network.width, norm)
+    return NetworkSpec(
+        len(manifest.bands), len(manifest.classes), config.network.name, config.network.width, norm,
+        config.network.backbone,
+    )  # fmt: skip
 
 
 def _optimizer_spec(config: Config) -> OptimizerSpec:

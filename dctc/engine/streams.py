@@ -37,6 +37,7 @@ def training_stream(
         substitute=config.data.on_damage == "substitute",
         prefetch=config.data.prefetch,
         views=needs.views,
+        view_kind=needs.kind,
         boxes=None if needs.boxes is None else BoxSpec(**asdict(needs.boxes)),
     )
 

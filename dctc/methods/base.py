@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,12 @@ class Needs:
 
     Attributes:
         views: how many photometric views of each sample, independent of each other and in the geometry of its image.
+        kind: of the views: ``strong`` photometry, or ``noise`` alone, of deviation 0.15.
         boxes: CutMix boxes, drawn apart for each view (once where there is none).
     """
 
     views: int = 0
+    kind: Literal["strong", "noise"] = "strong"
     boxes: Boxes | None = None
 
 

@@ -26,6 +26,8 @@ class Options:
     Attributes:
         weight: w of the consistency, reached after the ramp.
         ramp: share of the rounds over which it grows as exp(-5(1-t)^2).
+        views: how student and average see a tile apart: ``noise`` of deviation 0.15 on the input, as in the paper, or
+            ``strong`` photometry, which a short run on few labels cannot afford (docs/comparing.md).
         cap: largest alpha. A run of fewer than some thousand rounds needs less than 0.999, which averages over a
             thousand rounds.
         loss: as in :mod:`dctc.methods.dctc`.
@@ -34,6 +36,7 @@ class Options:
     weight: float = 10.0
     ramp: float = 0.4
     cap: float = 0.999
+    views: Literal["noise", "strong"] = "noise"
     loss: Literal["multiclass", "binary"] = "multiclass"
 
     def __post_init__(self) -> None:
@@ -57,7 +60,7 @@ class MeanTeacher(Method):
         average.load_state_dict(student.state_dict())
         super().__init__({"s1": student, "ema": average})
         self.options = options
-        self.labelled_needs = self.unlabelled_needs = Needs(views=2)
+        self.labelled_needs = self.unlabelled_needs = Needs(views=2, kind=options.views)
 
     def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Round:
         """One update of the student, then the average follows."""

@@ -1,7 +1,8 @@
 """Networks by name: one file a network, found by its module name.
 
 A network module offers ``Encoder(bands, width, norm, attention)`` and ``Decoder(classes, width, norm)`` with the call
-signatures of :mod:`dctc.networks.unet`; whoever adds a network adds such a file and nothing else.
+signatures of :mod:`dctc.networks.unet`; whoever adds a network adds such a file and nothing else. One with
+``BACKBONES = True`` gets the name of a backbone as a further argument.
 """
 
 from __future__ import annotations
@@ -14,7 +15,18 @@ from types import ModuleType
 from torch import nn
 
 from dctc.networks.encoder_decoder import EncoderDecoder
+from dctc.networks.timm_unet import UnavailableBackbone
 from dctc.networks.unet import NORMS
+
+__all__ = [
+    "NetworkSpec",
+    "UnavailableBackbone",
+    "UnknownNetwork",
+    "build_decoder",
+    "build_encoder",
+    "build_network",
+    "network_names",
+]
 
 
 class UnknownNetwork(ValueError):
@@ -34,6 +46,7 @@ class NetworkSpec:
     name: str = "unet"
     width: int = 64
     norm: str = "batch"
+    backbone: str = ""
 
     def __post_init__(self) -> None:
         if min(self.bands, self.classes, self.width) < 1:
@@ -50,19 +63,29 @@ def network_names() -> list[str]:
 
 def build_encoder(spec: NetworkSpec, attention: bool = False) -> nn.Module:
     """The encoder of ``spec``; raises :class:`UnknownNetwork` for a name that no module has."""
-    encoder: nn.Module = _known(spec.name).Encoder(spec.bands, spec.width, spec.norm, attention)
+    module = _known(spec.name)
+    encoder: nn.Module = module.Encoder(spec.bands, spec.width, spec.norm, attention, *_backbone(module, spec))
     return encoder
 
 
 def build_decoder(spec: NetworkSpec) -> nn.Module:
     """The decoder of ``spec``; raises :class:`UnknownNetwork` for a name that no module has."""
-    decoder: nn.Module = _known(spec.name).Decoder(spec.classes, spec.width, spec.norm)
+    module = _known(spec.name)
+    decoder: nn.Module = module.Decoder(spec.classes, spec.width, spec.norm, *_backbone(module, spec))
     return decoder
 
 
 def build_network(spec: NetworkSpec, attention: bool = False) -> EncoderDecoder:
     """Encoder and decoder of ``spec`` as one module."""
     return EncoderDecoder(build_encoder(spec, attention), build_decoder(spec))
+
+
+def _backbone(module: ModuleType, spec: NetworkSpec) -> list[str]:
+    takes = getattr(module, "BACKBONES", False)
+    if takes != bool(spec.backbone):
+        problem = "needs the name of a backbone" if takes else f"takes no backbone, and {spec.backbone!r} is set"
+        raise UnavailableBackbone(f"network {spec.name} {problem} (network.backbone)")
+    return [spec.backbone] if takes else []
 
 
 def _module(name: str) -> ModuleType:

@@ -247,3 +247,20 @@ def test_boxes_never_mix_a_tile_with_itself() -> None:
     masks = box_masks(BoxSpec(3, 0.25, 0.5), (0, 1, 0), torch.arange(6), rows, 16, CPU)
     assert not masks[[0, 1, 4, 5]].any()
     assert masks[[2, 3]].flatten(1).any(dim=1).all()
+
+
+def test_noise_changes_nothing_else_and_is_a_samples_own() -> None:
+    images, valid, labels = batch(6)
+    positions = torch.arange(6)
+    first, seen, kept = View("noise", 0, 1, 1)(images, valid, labels, positions)
+    assert torch.equal(seen, valid)
+    assert kept is labels
+    apart = (first - images)[valid[:, None].expand_as(images)]
+    assert abs(float(apart.std()) - 0.15) < 0.01
+    assert abs(float(apart.mean())) < 0.01
+    assert not first[~valid[:, None].expand_as(images)].any()
+    second = View("noise", 0, 1, 2)(images, valid, labels, positions)[0]
+    others = (second - images)[valid[:, None].expand_as(images)]
+    assert abs(float(torch.corrcoef(torch.stack([apart, others]))[0, 1])) < 0.05
+    alone = View("noise", 0, 1, 1)(images[2:4], valid[2:4], labels[2:4], positions[2:4])[0]
+    assert torch.equal(alone, first[2:4])

@@ -1,0 +1,94 @@
+"""A U-Net whose encoder is a network of the library timm, by the name in ``network.backbone``: resnet34, convnext_tiny.
+
+timm is an optional extra, and needs torchvision. The trunk keeps the norms that it comes with (``norm: sync`` turns its
+batch norms into synchronised ones); ``norm`` and ``width`` are the decoder's. Weights are random.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dctc.networks.channel_attention import ChannelAttention
+from dctc.networks.unet import double_convolution
+
+BACKBONES = True  # this network is not whole without one
+
+
+class UnavailableBackbone(ValueError):
+    """timm cannot be imported, or has no such network."""
+
+
+def make_trunk(backbone: str, bands: int) -> nn.Module:
+    """The feature maps of a timm network; raises :class:`UnavailableBackbone`."""
+    try:
+        timm: Any = importlib.import_module("timm")
+    except Exception as error:  # without torchvision it fails in ways of its own
+        raise UnavailableBackbone(
+            f"network timm_unet needs timm and torchvision ({error}): pip install -c constraints.txt -e '.[timm]', "
+            "with the torchvision that was built for your torch"
+        ) from error
+    try:
+        trunk: nn.Module = timm.create_model(backbone, pretrained=False, features_only=True, in_chans=bands)
+    except Exception as error:  # its own, a KeyError or a RuntimeError, as the name goes
+        raise UnavailableBackbone(f"backbone {backbone!r}: timm cannot make feature maps of it ({error})") from error
+    return trunk
+
+
+def shape_of(trunk: nn.Module) -> tuple[list[int], list[int]]:
+    """Channels and strides of the feature maps, finest first."""
+    info: Any = trunk.feature_info
+    return list(info.channels()), list(info.reduction())
+
+
+class Encoder(nn.Module):
+    """The trunk; with ``attention`` channel attention on each of its feature maps."""
+
+    def __init__(
+        self, bands: int, width: int, norm: str = "batch", attention: bool = False, backbone: str = ""
+    ) -> None:
+        super().__init__()
+        trunk = make_trunk(backbone, bands)
+        if norm == "sync":
+            trunk = nn.SyncBatchNorm.convert_sync_batchnorm(trunk)  # type: ignore[no-untyped-call]  # torch has no types
+        self.trunk = trunk
+        channels, strides = shape_of(trunk)
+        self.stride = strides[-1]
+        self.attention = nn.ModuleList(ChannelAttention(c) if attention else nn.Identity() for c in channels)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images [B,bands,H,W], their last row and column repeated up to a multiple of the stride, to feature maps,
+        finest first."""
+        down, right = (-size % self.stride for size in images.shape[-2:])
+        padded = F.pad(images, (0, right, 0, down), mode="replicate") if down or right else images
+        return [attention(m) for attention, m in zip(self.attention, self.trunk(padded), strict=True)]
+
+
+class Decoder(nn.Module):
+    """Nearest-neighbour sampling up, skip concatenation, two convolutions at each scale; logits at the finest map's
+    scale, bilinear to the image's."""
+
+    def __init__(self, classes: int, width: int, norm: str = "batch", backbone: str = "") -> None:
+        super().__init__()
+        channels, strides = shape_of(make_trunk(backbone, 3))  # made for its shape, and let go
+        self.stride = strides[0]
+        widths = [channels[-1], *(width * 2**scale for scale in reversed(range(len(channels) - 1)))]
+        self.blocks = nn.ModuleList(
+            double_convolution(below + skip, outputs, norm)
+            for (below, outputs), skip in zip(itertools.pairwise(widths), reversed(channels[:-1]), strict=True)
+        )
+        self.head = nn.Conv2d(widths[-1], classes, 1)
+
+    def forward(self, features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """Feature maps of :class:`Encoder` to logits [B,classes,H,W], ``size`` = (H, W) of the image."""
+        current = features[-1]
+        for block, skip in zip(self.blocks, reversed(features[:-1]), strict=True):
+            current = block(torch.cat([F.interpolate(current, size=skip.shape[-2:]), skip], dim=1))
+        logits: Tensor = F.interpolate(self.head(current), scale_factor=self.stride, mode="bilinear")
+        return logits[..., : size[0], : size[1]]

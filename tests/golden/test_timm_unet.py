@@ -1,0 +1,131 @@
+"""Networks of timm behind the interface of all others: with a stand-in for the library, and without the library."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dctc.bundle import Bundle, Description, save_bundle
+from dctc.engine.flops import round_flops
+from dctc.methods import build_method
+from dctc.networks import NetworkSpec, UnavailableBackbone, build_decoder, build_encoder, build_network
+from shards.errors import InputError
+from shards.manifest import ClassInfo
+from tests.golden.rounds import ADAM, batches, by_term, run_round, updater
+from tests.tiny import run, write_config
+
+
+class Trunk(nn.Module):
+    """What timm makes with ``features_only``: maps at strides 2, 4, 8."""
+
+    def __init__(self, bands: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+            for inputs, outputs in ((bands, 6), (6, 10), (10, 14))
+        )
+        self.feature_info = SimpleNamespace(channels=lambda: [6, 10, 14], reduction=lambda: [2, 4, 8])
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        maps = [self.layers[0](images)]
+        for layer in list(self.layers)[1:]:
+            maps.append(layer(maps[-1]))
+        return maps
+
+
+@pytest.fixture
+def timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create_model(name: str, *, pretrained: bool, features_only: bool, in_chans: int) -> nn.Module:
+        assert features_only
+        assert not pretrained
+        if name != "small":
+            raise RuntimeError(f"Unknown model ({name})")
+        return Trunk(in_chans)
+
+    library: Any = ModuleType("timm")
+    library.create_model = create_model
+    monkeypatch.setitem(sys.modules, "timm", library)
+
+
+def spec(**changes: Any) -> NetworkSpec:
+    values: dict[str, Any] = {"bands": 4, "classes": 5, "name": "timm_unet", "width": 4, "backbone": "small"}
+    return NetworkSpec(**values | changes)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize(("height", "breadth"), [(32, 32), (33, 47), (7, 9)])
+def test_any_size(timm: None, height: int, breadth: int, attention: bool) -> None:
+    network = build_network(spec(), attention).eval()
+    with torch.no_grad():
+        logits = network(torch.randn(2, 4, height, breadth))
+    assert isinstance(logits, Tensor)
+    assert logits.shape == (2, 5, height, breadth)
+    assert logits.std() > 0
+
+
+def test_skips_of_every_scale_reach_the_logits(timm: None) -> None:
+    encoder, decoder = build_encoder(spec()).eval(), build_decoder(spec()).eval()
+    features = [feature.detach().requires_grad_() for feature in encoder(torch.randn(1, 4, 16, 16))]
+    decoder(features, (16, 16)).square().sum().backward()
+    assert [tuple(f.shape[1:]) for f in features] == [(6, 8, 8), (10, 4, 4), (14, 2, 2)]
+    assert all(f.grad is not None and f.grad.abs().sum() > 0 for f in features)
+
+
+def test_dctc_trains_it_and_its_model_file_loads(timm: None, tmp_path: Path) -> None:
+    chosen = spec(bands=3, classes=4)
+    torch.manual_seed(0)
+    method = build_method("dctc", chosen, {})
+    run_one = updater(method, ADAM)
+    labelled, unlabelled = batches(0)
+    history = [by_term(run_round(method, run_one, [labelled], [unlabelled], 0)) for _ in range(5)]
+    assert history[-1]["teacher"] < history[0]["teacher"]
+    assert round_flops("dctc", chosen, {}, 1, 1, 32) > 0
+    classes = [ClassInfo(name=name, color=(0, 0, 0)) for name in "abcd"]
+    description = Description("dctc", {}, chosen, ["r", "g", "b"], "uint8", [0.0] * 3, [1.0] * 3, classes, 32, "d")
+    save_bundle(tmp_path / "m.safetensors", description, {n: m.state_dict() for n, m in method.parts.items()})
+    loaded = Bundle.load(tmp_path / "m.safetensors")
+    images = torch.randn(1, 3, 32, 32)
+    for module in method.parts.values():
+        module.eval()
+    with torch.no_grad():
+        assert torch.equal(loaded.logits(images)["s1"], method.logits(images)["s1"])
+
+
+def test_a_model_file_from_before_there_were_backbones_loads(tmp_path: Path) -> None:
+    network = NetworkSpec(3, 2, width=4)
+    classes = [ClassInfo(name=name, color=(0, 0, 0)) for name in "ab"]
+    description = Description(
+        "supervised", {}, network, ["r", "g", "b"], "uint8", [0.0] * 3, [1.0] * 3, classes, 32, "d"
+    )
+    record = json.loads(description.to_json())
+    del record["network"]["backbone"]
+    assert Description.from_json(json.dumps(record), tmp_path / "m").network == network
+
+
+def test_a_backbone_where_there_is_none_to_have_and_the_other_way_round(timm: None) -> None:
+    with pytest.raises(UnavailableBackbone, match="network unet takes no backbone, and 'resnet34' is set"):
+        build_network(NetworkSpec(3, 2, backbone="resnet34"))
+    with pytest.raises(UnavailableBackbone, match="network timm_unet needs the name of a backbone"):
+        build_network(spec(backbone=""))
+    with pytest.raises(UnavailableBackbone, match=r"backbone 'smal': timm cannot make .*Unknown model"):
+        build_network(spec(backbone="smal"))
+
+
+def test_without_the_library_a_run_says_what_to_install(tmp_path: Path, tiny_dataset: Path) -> None:
+    """As it is here: timm and torchvision are not among what the tests install."""
+    config = write_config(
+        tmp_path / "timm.yaml", tiny_dataset, network={"name": "timm_unet", "backbone": "resnet34", "width": 4}
+    )
+    done = run("dctc", "train", config, check=False)
+    assert done.returncode == 2
+    assert "key network.backbone is 'resnet34': network timm_unet needs timm and torchvision" in done.stderr
+    assert "Traceback" not in done.stderr
+    with pytest.raises((UnavailableBackbone, InputError)):
+        build_network(spec())

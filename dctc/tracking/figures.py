@@ -164,7 +164,7 @@ def reliability_picture(curves: Mapping[str, Sequence[Sequence[Any]]], title: st
         lower.stairs(pixels / max(1, pixels.sum()), edges, color=color, fill=True, alpha=0.35)
     upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     upper.set_title(title, fontsize=11)
-    upper.legend(loc="upper left", frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9, ncols=2)
     lower.set(xlabel="confidence", ylabel="share of pixels")
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)

@@ -39,8 +39,8 @@ def test_evaluate_repeats_the_final_test(tested: Path, tiny_dataset: Path, tmp_p
 
 
 def test_the_run_leaves_what_it_promises(tested: Path) -> None:
-    tables = ("test-classes.csv", "test-classes-ece.csv", "test-s1-calibration.csv", "test-teacher-calibration.png")
-    tables += ("test-mean-calibration-sharpened.csv",)
+    tables = ["test-classes.csv", "test-classes-ece.csv", "test-s1-calibration.csv", "test-teacher-calibration.png"]
+    tables.append("test-mean-calibration-sharpened.csv")
     for name in ("config.yaml", "metrics.jsonl", "model.safetensors", "best.safetensors", "report.json", *tables):
         assert (tested / name).stat().st_size > 0
     assert sorted(path.name for path in (tested / "pictures").iterdir()) == ["step-00000003.png", "step-00000006.png"]

@@ -124,6 +124,11 @@ def test_confusion_picture_darkens_with_the_share_of_the_row() -> None:
     assert np.median(picture[rows, middle // 2 : middle]) < np.median(swapped[rows, middle // 2 : middle]) - 50
 
 
+def near(picture: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    """bool [H,W]: where a picture [H,W,3] has nearly that colour."""
+    return np.asarray((np.abs(picture.astype(int) - color) < 30).all(axis=2))
+
+
 def bins(accuracy: float, full: range = range(5, 15)) -> list[list[object]]:
     """Of 15 bins those of ``full`` have pixels, of which ``accuracy`` are right."""
     middle = [(number + 0.5) / 15 for number in range(15)]
@@ -136,7 +141,7 @@ def test_reliability_picture_shows_each_curve_at_its_accuracy() -> None:
 
     def height(accuracy: float) -> float:
         picture = np.asarray(reliability_picture({"one": bins(accuracy)}, "test")).astype(int)
-        blue = (np.abs(picture - (0x08, 0x51, 0x9C)) < 30).all(axis=2)
+        blue = near(picture, (0x08, 0x51, 0x9C))
         blue = blue[: len(blue) * 2 // 3, picture.shape[1] // 2 :]  # the diagram above, right of the legend
         return float(np.median(np.nonzero(blue)[0]))
 
@@ -145,9 +150,8 @@ def test_reliability_picture_shows_each_curve_at_its_accuracy() -> None:
     assert low - middle == pytest.approx(middle - high, abs=4)
     alone = np.asarray(reliability_picture({"one": bins(0.5)}))
     both = np.asarray(reliability_picture({"one": bins(0.5), "two": bins(0.2)}))
-    orange = (np.abs(both.astype(int) - (0xE6, 0x55, 0x0D)) < 30).all(axis=2)
-    assert orange.sum() > 100
-    assert not (np.abs(alone.astype(int) - (0xE6, 0x55, 0x0D)) < 30).all(axis=2).any()
+    assert near(both, (0xE6, 0x55, 0x0D)).sum() > 100
+    assert not near(alone, (0xE6, 0x55, 0x0D)).any()
     reliability_picture({"nothing": bins(0.5, full=range(0))})
 
 

@@ -21,6 +21,7 @@ from dctc.data.loaders import DeviceBatch, Normaliser, evaluation_batches
 from dctc.data.order import Layout
 from dctc.data.tiles import RawBatch
 from dctc.evaluation.evaluate import Evaluation, Reduce, evaluate_tiles
+from dctc.evaluation.pictures import look_at
 from dctc.evaluation.report import write_evaluation
 from shards.index import Index
 from shards.manifest import Dataset
@@ -193,6 +194,20 @@ def test_nets_keep_the_names_of_the_method_and_agreement_is_of_two_students() ->
         assert tuple(evaluation.nets) == nets
         assert evaluation.agreement == agreement
         assert {key.split("/")[1] for key in evaluation.as_metrics("val")} - {"agreement"} == set(nets)
+
+
+def test_pictures_show_the_nets_of_any_method() -> None:
+    """The known ones in their order, then others; not the mean, which looks like the two."""
+    labels = torch.tensor([[[0, 1], [2, 255]]])
+    logits = torch.nn.functional.one_hot(labels.clamp(max=2), 3).permute(0, 3, 1, 2).float()
+    nets = {"zeta": logits, "mean": logits, "s1": -logits, "ema": 2 * logits}
+    columns, valid = look_at(lambda _: nets, [batch(labels, torch.ones_like(labels, dtype=torch.bool))], "ema")
+    assert list(columns) == ["image", "label", "ema", "S1", "zeta", "entropy"]
+    assert columns["ema"].tolist() == [[[0, 1], [2, 2]]]
+    sure = np.exp(2) / (np.exp(2) + 2)
+    nats = -(sure * np.log(sure) + 2 / (np.exp(2) + 2) * np.log(1 / (np.exp(2) + 2)))
+    np.testing.assert_allclose(np.asarray(columns["entropy"], np.float64), nats, rtol=1e-5)  # of the headline
+    assert valid.all()
 
 
 def test_tiles_without_a_label_have_entropy_and_no_scores(tmp_path: Path) -> None:

@@ -311,6 +311,7 @@ def compare(
     number: Annotated[
         int, typer.Option("--table", min=1, max=3, help="the paper's layout: 1 and 3 methods, 2 classes")
     ] = 1,
+    of: Annotated[str | None, typer.Option(help="with --table 2: the classes of this row alone")] = None,
     beside: Annotated[
         str | None, typer.Option("--paper", help="potsdam, vaihingen or gid: the paper's figures beside one's own")
     ] = None,
@@ -328,37 +329,43 @@ def compare(
     """
     from dctc.tracking import paper
     from dctc.tracking.compare import compare as tables_of
-    from dctc.tracking.compare import compare_classes, write_csv
+    from dctc.tracking.compare import compare_classes
     from dctc.tracking.run import resolve_uri
-    from dctc.tracking.tables import terminal_table, write_markdown
+    from dctc.tracking.tables import terminal_table, write_csv, write_markdown
 
+    files = {"page": report, "cells": csv, "tables": markdown, "figure": figure}
     if beside not in (None, *paper.DATASETS):
         raise InputError(f"--paper {beside}: the paper has {', '.join(paper.DATASETS)}")
+    if of is not None and number != 2:
+        raise InputError(f"--of {of}: is for --table 2, which has a table for each row")
+    if metric != "miou" and number == 2:
+        raise InputError(f"--metric {metric}: --table 2 has the IoU of each class")
+    for path in files.values():
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.parent}")
     server = resolve_uri(uri, runs)
     comparisons = tables_of(server, experiment, rows=rows, cols=cols, metric=metric, sweep=sweep, beside=beside)
-    shown = comparisons
+    chosen = comparisons
     if number == 2:
-        shown = compare_classes(server, experiment, cols=cols, sweep=sweep, beside=beside)
-    for comparison in shown:
+        chosen = compare_classes(server, experiment, rows, cols, sweep, beside, of)
+        if not chosen:
+            raise InputError(f"experiment {comparisons[0].experiment!r}: no finished run has test scores by class")
+    for comparison in chosen:
         out.print(terminal_table(comparison))
     if csv is not None:
-        write_csv(shown, csv)
+        write_csv(chosen, csv)
     if markdown is not None:
-        write_markdown(shown, markdown)
+        write_markdown(chosen, markdown)
     if figure is not None:
         from dctc.tracking.charts import write_figure6
 
         write_figure6(comparisons, figure)
     if report is not None:
-        from dctc.tracking.histories import histories
-        from dctc.tracking.page import Extras, write_page
-        from dctc.tracking.panels import panels
+        from dctc.tracking.report import write_report
 
-        extras = [Extras(histories(server, table), panels(server, table)) for table in comparisons]
-        classes = compare_classes(server, experiment, cols=cols, sweep=sweep, beside=beside)
-        command = " ".join(["dctc", *sys.argv[1:]])
-        write_page([*comparisons, *classes], [*extras, *[Extras()] * len(classes)], command, report)
-    for what, path in (("page", report), ("cells", csv), ("tables", markdown), ("figure", figure)):
+        classes = compare_classes(server, experiment, rows, cols, sweep, beside, of)
+        write_report(server, comparisons, classes, report)
+    for what, path in files.items():
         if path is not None:
             out.print(f"{what} in {path}", markup=False)
 

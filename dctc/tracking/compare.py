@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from pathlib import Path
 
 from dctc.tracking import paper
 from dctc.tracking.found import Found, FoundRun, find_runs
-from dctc.tracking.journal import write_atomically
 from dctc.tracking.remote import shown
+from dctc.tracking.settings import separate, unequal
 from shards.errors import InputError
 from shards.manifest import parse_share
 
 NETS = ("s1", "ema", "mean", "teacher", "s2")  # in this order, after the headline
 TAGS = {"share": "labelled_share"}  # short names of axes; any other axis is a tag of that name
 SPELLED = {"miou": "mIoU", "iou": "IoU", "pa": "PA", "mpa": "MPA", "f1": "F1", "fwiou": "fwIoU"}
+HEADLINE = "headline"  # each run's own, where those of a row differ
 CLASSES = "class"  # the axis of a table of classes
-# Parameters in which runs may differ and still measure the same thing.
-NEUTRAL = (
-    "run.",
-    "tracking.",
-    "parallel.strategy",
-    "evaluation.",
-    "data.dataset",
-    "data.workers",
-    "data.prefetch",
-    "data.cache",
-)
 
 
 @dataclass(frozen=True)
@@ -140,6 +127,17 @@ class Comparison:
         return -1 if self.is_headline(row, net) else (*NETS, net).index(net)
 
 
+@dataclass(frozen=True)
+class _Wish:
+    """What a table is to show: as the arguments of :func:`compare`."""
+
+    rows: str | None
+    cols: str
+    metric: str = "miou"
+    nets: Sequence[str] | None = None
+    beside: str | None = None
+
+
 def compare(
     uri: str,
     experiment: str | None = None,
@@ -153,7 +151,8 @@ def compare(
     """The finished runs of ``experiment`` as tables, one for each dataset digest: scores on different tiles never mix.
 
     Of several runs of one row, column, seed, digest and settings the latest counts. Runs of one row and column that
-    differ in a setting that matters become rows of their own, which name it.
+    differ in a setting that matters become rows of their own, which name it; a setting that differs between rows or
+    columns is a note.
 
     Args:
         rows, cols: tags, or ``share``. Rows are by default ``row`` where all runs have it (those of a sweep do), else
@@ -162,16 +161,15 @@ def compare(
         beside: the paper's dataset whose figures stand beside one's own.
 
     Raises:
-        InputError: when there is no such experiment or sweep, or no finished run with a test score in it.
+        InputError: when there is no such experiment, sweep or tag, or no finished run with a test score.
     """
-    found = find_runs(uri, experiment, sweep)
-    by_digest = _tested(found, metric, nets)
-    return [_table(found, runs, digest, (rows, cols), metric, nets, beside) for digest, runs in by_digest.items()]
+    return _tables(find_runs(uri, experiment, sweep), _Wish(rows, cols, metric, nets, beside))
 
 
 def compare_classes(
     uri: str,
     experiment: str | None = None,
+    rows: str | None = None,
     cols: str = "share",
     sweep: str | None = None,
     beside: str | None = None,
@@ -179,91 +177,105 @@ def compare_classes(
 ) -> list[Comparison]:
     """IoU by class of each row's headline, as in the paper's table 2: a table for each row (or ``row``) and digest.
 
+    Notes stand at the first table of a digest. Rows whose runs have no scores by class are left out.
+
     Raises:
         InputError: as :func:`compare`, or there is no such row.
     """
     found = find_runs(uri, experiment, sweep)
-    tables = []
-    names: set[str] = set()
-    for digest, runs in _tested(found, "miou", None).items():
-        whole = _table(found, runs, digest, (None, cols), "miou", None, None)
+    tables: list[Comparison] = []
+    names: dict[str, None] = {}
+    for whole in _tables(found, _Wish(rows, cols)):
+        own = []
         for name in dict.fromkeys(name for name, _ in whole.rows):
-            names.add(name)
-            if row in (None, name):
-                tables.append(_class_table(whole, name, beside))
-    if not tables:
-        raise InputError(f"no row {row!r} in experiment {found.experiment!r}; there are {', '.join(sorted(names))}")
+            names[name] = None
+            if row in (None, name) and (table := _class_table(whole, name, beside)).cells:
+                own.append(table)
+        tables += [replace(table, notes=whole.notes if table is own[0] else ()) for table in own]
+    if row not in (None, *names):
+        raise InputError(f"no row {row!r} in experiment {found.experiment!r}; there are {', '.join(names)}")
     return tables
 
 
-def write_csv(comparisons: Iterable[Comparison], path: Path) -> None:
-    """All cells, one a line, unrounded fractions of 1. Atomic."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["experiment", "dataset_digest", "subject", "row", "net", "column", "metric", "mean", "std", "seeds", "paper"]
-    )
-    for table in comparisons:
-        for (row, net, column), cell in sorted(table.cells.items()):
-            key = [table.experiment, table.digest, table.subject.rstrip(": "), row, net, column, table.metric]
-            printed = None if cell.printed is None else cell.printed / 100
-            writer.writerow([*key, cell.mean, cell.std, len(cell.scores), printed])  # None as an empty cell
-    write_atomically(path, text.getvalue().encode())
-
-
-def _tested(found: Found, metric: str, nets: Sequence[str] | None) -> dict[str, list[FoundRun]]:
-    """Digest -> finished runs with a test score."""
+def _tables(found: Found, wish: _Wish) -> list[Comparison]:
+    """A table for each digest that has a finished run with a test score."""
     by_digest: dict[str, list[FoundRun]] = defaultdict(list)
+    untested = []
     for run in found.finished:
-        if any(run.score(net, metric) is not None for net in nets or _nets(run, metric)):
+        if any(run.score(net, wish.metric) is not None for net in wish.nets or _nets(run, wish.metric)):
             by_digest[run.digest].append(run)
+        else:
+            untested.append(run)
     if not by_digest:
+        known = sorted({key.split("/")[2] for run in found.finished for key in run.metrics if _is_score(key)})
         raise InputError(
-            f"experiment {found.experiment!r} at {shown(found.uri)} has no finished run with a test {metric}"
+            f"experiment {found.experiment!r} at {shown(found.uri)} has no finished run with a test {wish.metric}; "
+            f"its finished runs have {', '.join(known) or 'no test scores'}"
         )
-    return dict(sorted(by_digest.items()))
+    tables = []
+    for digest, runs in sorted(by_digest.items()):
+        table = _table(found, runs, digest, wish)
+        left = [run for run in (*untested, *found.others) if run.digest == digest or run.digest not in by_digest]
+        tables.append(replace(table, notes=(*table.notes, *_left_out(left, wish.metric))))
+    return tables
+
+
+def _is_score(key: str) -> bool:
+    return key.startswith("test/") and key.count("/") == 2
 
 
 def _nets(run: FoundRun, metric: str) -> list[str]:
-    parts = [key.split("/") for key in run.metrics if key.startswith("test/")]
-    return [part[1] for part in parts if len(part) == 3 and part[2] == metric]
+    return [key.split("/")[1] for key in run.metrics if _is_score(key) and key.endswith(f"/{metric}")]
 
 
-def _table(
-    found: Found,
-    runs: Sequence[FoundRun],
-    digest: str,
-    axes: tuple[str | None, str],
-    metric: str,
-    nets: Sequence[str] | None,
-    beside: str | None,
-) -> Comparison:
-    row_of, row_axis = _row_axis(runs, axes[0])
+def _table(found: Found, runs: Sequence[FoundRun], digest: str, wish: _Wish) -> Comparison:
+    row_of, row_axis = _row_axis(runs, wish.rows)
+    tag = _known_tag(runs, wish.cols)
     groups: dict[tuple[str, str], list[FoundRun]] = defaultdict(list)
     for run in runs:
-        groups[row_of(run), _value(run, TAGS.get(axes[1], axes[1]))].append(run)
-    groups, notes = _separated(groups)
+        groups[row_of(run), _value(run, tag)].append(run)
+    separated = separate(groups)
+    notes = [*separated.notes, *unequal(separated)]
+    headlines: dict[str, str] = {}
+    for (row, _), group in separated.groups.items():
+        names = {run.headline for run in group} | {headlines.get(row, group[0].headline)}
+        headlines[row] = names.pop() if len(names) == 1 else HEADLINE
     counted: dict[tuple[str, str], Sequence[FoundRun]] = {}
     cells: dict[tuple[str, str, str], Cell] = {}
-    headlines: dict[str, str] = {}
-    for (row, column), group in groups.items():
+    for (row, column), group in separated.groups.items():
         by_seed = {run.tags.get("seed", run.id): run for run in group}  # the latest
         if len(by_seed) < len(group):
             notes.append(f"{row}, {column}: {len(group) - len(by_seed)} earlier run(s) of the same seed left out")
-        counted[row, column] = list(by_seed.values())
-        headlines[row] = group[-1].headline
-        for net in nets or dict.fromkeys(net for run in by_seed.values() for net in _nets(run, metric)):
-            scores = [score for run in by_seed.values() if (score := run.score(net, metric)) is not None]
-            known = beside is not None and metric == "miou" and net == headlines[row]
+        counted[row, column] = chosen = list(by_seed.values())
+        logged = [net for run in chosen for net in _nets(run, wish.metric)]
+        for net in wish.nets or dict.fromkeys([headlines[row], *logged]):
+            scores = [score for run in chosen if (score := run.score(_net_of(run, net), wish.metric)) is not None]
             if scores:
-                cells[row, net, column] = Cell(
-                    tuple(scores), paper.printed(beside, row, column) if beside and known else None
-                )
-    notes += _unfinished(found, digest)
+                printed = None
+                if wish.beside and wish.metric == "miou" and net == headlines[row]:
+                    printed = _printed(wish.beside, chosen[0], column, row_axis, separated.keys[row])
+                cells[row, net, column] = Cell(tuple(scores), printed)
+    if wish.beside and all(cell.printed is None for cell in cells.values()):
+        notes.append(f"the paper has no figure for any of these cells ({wish.beside})")
     costs = {row: _cost([run for (r, _), group in counted.items() if r == row for run in group]) for row in headlines}
     return Comparison(
-        found.experiment, digest, metric, (row_axis, axes[1]), cells, tuple(notes), headlines, costs, counted
+        found.experiment, digest, wish.metric, (row_axis, wish.cols), cells, tuple(notes), headlines, costs, counted
     )
+
+
+def _net_of(run: FoundRun, net: str) -> str:
+    return run.headline if net == HEADLINE else net
+
+
+def _printed(dataset: str, run: FoundRun, column: str, axis: str, divided: frozenset[str]) -> float | None:
+    """The paper's figure beside a cell of runs like ``run``; none where a row is a variant that the paper lacks."""
+    variant = {key for key in divided if key.startswith("method.")}
+    if axis == "row" and not variant:
+        return paper.printed(dataset, run.tags.get("row", ""), column)
+    if axis == "method" and variant <= {"method.attention", "method.sharpen"}:
+        name = paper.row_of(run.tags.get("method", ""), run.tags.get("network", "unet"), run.params)
+        return None if name is None else paper.printed(dataset, name, column)
+    return None
 
 
 def _row_axis(runs: Sequence[FoundRun], axis: str | None) -> tuple[Callable[[FoundRun], str], str]:
@@ -271,7 +283,7 @@ def _row_axis(runs: Sequence[FoundRun], axis: str | None) -> tuple[Callable[[Fou
     if axis is None and all("row" in run.tags for run in runs):
         axis = "row"
     if axis not in (None, "method"):
-        tag = TAGS.get(axis, axis)
+        tag = _known_tag(runs, axis)
         return lambda run: _value(run, tag), axis
     networks = {run.tags.get("network", "unet") for run in runs}
 
@@ -282,40 +294,22 @@ def _row_axis(runs: Sequence[FoundRun], axis: str | None) -> tuple[Callable[[Fou
     return method, "method"
 
 
-def _separated(
-    groups: Mapping[tuple[str, str], list[FoundRun]],
-) -> tuple[dict[tuple[str, str], list[FoundRun]], list[str]]:
-    """Rows in which runs of one cell differ in settings, divided by these; notes about those that were."""
-    mixed: dict[str, set[str]] = defaultdict(set)
-    for (row, _), group in groups.items():
-        mixed[row] |= _differences(group)
-    divided: dict[tuple[str, str], list[FoundRun]] = defaultdict(list)
-    for (row, column), group in groups.items():
-        for run in group:
-            values = [f"{key}={run.params.get(key, 'unset')}" for key in sorted(mixed[row])]
-            divided[f"{row} [{', '.join(values)}]" if values else row, column].append(run)
-    notes = [
-        f"{row}: its runs differ in {', '.join(sorted(keys))}, so it has several rows"
-        for row, keys in mixed.items() if keys
-    ]  # fmt: skip
-    return dict(divided), notes
+def _known_tag(runs: Sequence[FoundRun], axis: str) -> str:
+    tag = TAGS.get(axis, axis)
+    known = {name for run in runs for name in run.tags if not name.startswith("mlflow.")}
+    if tag not in known | {"method"}:
+        raise InputError(f"no run has a tag {axis!r} to make rows or columns of; there are {', '.join(sorted(known))}")
+    return tag
 
 
-def _differences(runs: Iterable[FoundRun]) -> set[str]:
-    """Names of the parameters, other than neutral ones, that are not the same in all runs."""
-    params = [run.params for run in runs]
-    keys = {key for values in params for key in values if not key.startswith(NEUTRAL)}
-    return {key for key in keys if len({values.get(key) for values in params}) > 1}
-
-
-def _unfinished(found: Found, digest: str) -> list[str]:
-    """Of each status that is not FINISHED, how many runs, and some names."""
+def _left_out(runs: Iterable[FoundRun], metric: str) -> list[str]:
+    """Of each status, how many runs are in no table, and some names."""
     by_status: dict[str, list[str]] = defaultdict(list)
-    for run in found.others:
-        if run.digest == digest:
-            by_status[run.status].append(run.name)
+    for run in runs:
+        status = f"finished without a test {metric}" if run.status == "FINISHED" else run.status.lower()
+        by_status[status].append(run.name)
     return [
-        f"{len(names)} run(s) {status.lower()}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        f"{len(names)} run(s) {status}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
         for status, names in sorted(by_status.items())
     ]
 
@@ -330,21 +324,32 @@ def _cost(runs: Sequence[FoundRun]) -> Cost:
 
 def _class_table(whole: Comparison, row: str, beside: str | None) -> Comparison:
     net = whole.headlines[row]
-    prefix = f"test/{net}/iou/"
-    cells = {}
+    cells: dict[tuple[str, str, str], Cell] = {}
     for (name, column), runs in whole.runs.items():
         if name != row:
             continue
-        labels = [key.removeprefix(prefix) for run in runs for key in run.metrics if key.startswith(prefix)]
-        for label in dict.fromkeys(labels):
-            scores = tuple(run.metrics[prefix + label] for run in runs if prefix + label in run.metrics)
-            known = beside is not None and paper.ROWS.get(row, row) == "Ours"
+        scores: dict[str, list[float]] = defaultdict(list)
+        for run in runs:
+            prefix = f"test/{_net_of(run, net)}/iou/"
+            for key, score in run.metrics.items():
+                if key.startswith(prefix):
+                    scores[key.removeprefix(prefix)].append(score)
+        known = beside is not None and _is_papers(runs[0], whole.axes[0], row)
+        for label, values in scores.items():
             printed = paper.printed_class(beside, label, column) if beside and known else None
-            cells[label, net, column] = Cell(scores, printed)
+            cells[label, net, column] = Cell(tuple(values), printed)
     return Comparison(
         whole.experiment, whole.digest, "iou", (CLASSES, whole.axes[1]), cells, (),
         {label: net for label, _, _ in cells}, subject=f"{row}: ",
     )  # fmt: skip
+
+
+def _is_papers(run: FoundRun, axis: str, row: str) -> bool:
+    """Whether a row is the paper's own method, of which alone it prints scores by class."""
+    name = (
+        row if axis == "row" else paper.row_of(run.tags.get("method", ""), run.tags.get("network", "unet"), run.params)
+    )
+    return name == paper.OURS
 
 
 def _value(run: FoundRun, axis: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
+CHANGED = "changed/"  # tags of a continued run: MLflow keeps params as they were
+
 
 @dataclass(frozen=True)
 class FoundRun:
@@ -22,6 +25,7 @@ class FoundRun:
     Attributes:
         status: FINISHED, FAILED, KILLED, RUNNING, ...
         started: milliseconds since 1970.
+        params: with what a continued run changed.
         metrics: the last value of each.
     """
 
@@ -44,8 +48,9 @@ class FoundRun:
         return self.tags.get("dataset_digest", "unknown")
 
     def score(self, net: str, metric: str) -> float | None:
-        """A test score, as a fraction of 1."""
-        return self.metrics.get(f"test/{net}/{metric}")
+        """A test score, as a fraction of 1; None without one, and for one that is not finite."""
+        value = self.metrics.get(f"test/{net}/{metric}")
+        return value if value is not None and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,10 @@ def open_client(uri: str) -> MlflowClient:
 
 def _found(run: Run) -> FoundRun:
     info, data = run.info, run.data
+    changed = {
+        key.removeprefix(CHANGED): value for key, value in data.tags.items() if key.startswith(CHANGED)
+    }  # fmt: skip
     return FoundRun(
         info.run_id, info.run_name or info.run_id, info.status, int(info.start_time or 0), dict(data.tags),
-        dict(data.params), dict(data.metrics),
+        dict(data.params) | changed, dict(data.metrics),
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,33 +12,40 @@ from html import escape
 from importlib.metadata import version
 from pathlib import Path
 
-from dctc.tracking.charts import Series, figure6, svg
-from dctc.tracking.compare import Comparison
+from dctc.tracking.charts import Series, figure6, is_curve, svg
+from dctc.tracking.compare import Comparison, order
 from dctc.tracking.journal import write_atomically
 
+# A browser loads nothing from elsewhere, whatever the page says.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 22%, transparent); }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 74rem; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-.table { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+.table, .panel { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
+.panel { width: fit-content; max-width: 100%; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; }
-tr:last-child td { border-bottom: 0; }
+th:first-child { text-align: left; position: sticky; left: 0; background: Canvas; } tbody th { font-weight: 400; }
+tr:last-child > * { border-bottom: 0; } thead > tr > * { border-bottom: 1px solid var(--line); }
 thead button { font: inherit; font-weight: 600; color: inherit; background: none; border: 0; padding: 0; }
 thead button, summary { cursor: pointer; }
 thead button::after { content: " \\2195"; opacity: .4; }
 th[aria-sort=ascending] button::after { content: " \\2191"; opacity: 1; }
 th[aria-sort=descending] button::after { content: " \\2193"; opacity: 1; }
-tr.other td { opacity: .62; } td.best { font-weight: 700; } small { opacity: .75; }
+tr.other > * { color: color-mix(in srgb, CanvasText 62%, Canvas); }
+td.best { font-weight: 700; } small { opacity: .75; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
 figure { margin: 0; max-width: 40rem; } figcaption { font-weight: 600; font-size: .9rem; }
 svg { width: 100%; height: auto; }
-svg text { fill: currentColor; font-size: 11px; } .grid { stroke: currentColor; opacity: .15; }
+svg text { fill: currentColor; font-size: 14px; } @media (max-width: 36rem) { svg text { font-size: 17px; } }
+.grid { stroke: currentColor; opacity: .15; }
 .key { list-style: none; padding: 0; margin: .2rem 0; display: flex; flex-wrap: wrap; gap: .2rem .9rem; }
 .key { font-size: .85rem; }
-.key span { display: inline-block; width: .8em; height: .8em; margin-right: .35em; border-radius: 2px; }
-img { max-width: 100%; height: auto; } dt { font-weight: 600; } dd { margin: 0 0 .4rem; }
+.key span { display: inline-block; width: .8em; height: .8em; margin-right: .35em; border-radius: 50%; }
+.key .dashed { width: 1.4em; height: 0; border-top: 2px dashed; border-radius: 0; vertical-align: .3em; }
+.key .open { background: none !important; border: 1.5px solid; box-sizing: border-box; }
+.panel img { display: block; min-width: 34rem; max-width: 100%; } dt { font-weight: 600; } dd { margin: 0 0 .4rem; }
 """
 SCRIPT = """
 for (const table of document.querySelectorAll("table")) {
@@ -72,11 +80,13 @@ class Extras:
 
     Attributes:
         histories: curves.
-        panels: caption -> PNG bytes.
+        panels: caption and PNG bytes.
+        notes: what is missing among them.
     """
 
     histories: Sequence[History] = ()
     panels: Sequence[tuple[str, bytes]] = ()
+    notes: Sequence[str] = ()
 
 
 def page(comparisons: Sequence[Comparison], extras: Sequence[Extras], command: str) -> str:
@@ -92,6 +102,7 @@ def page(comparisons: Sequence[Comparison], extras: Sequence[Extras], command: s
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<title>{escape(names)}</title><style>{STYLE}</style></head><body><h1>{escape(names)}</h1>"
         f"<dl>{listed}</dl>{''.join(sections)}<script>{SCRIPT}</script></body></html>\n"
     )
@@ -105,19 +116,23 @@ def write_page(comparisons: Sequence[Comparison], extras: Sequence[Extras], comm
 def _section(table: Comparison, extra: Extras) -> str:
     parts = [f"<section><h2>{escape(table.title)}</h2><p><small>dataset {escape(table.digest[:12])}</small></p>"]
     parts.append(_table(table))
-    if table.notes:
-        parts.append("<ul>" + "".join(f"<li>{escape(note)}</li>" for note in table.notes) + "</ul>")
+    parts.append(_list(table.notes))
     lines = figure6(table) if table.axes[1] == "share" and table.costs else []
-    if any(not line.dashed for line in lines):
+    if is_curve(lines):
         parts.append(f'<div class="charts">{svg(lines, "labelled share, %", f"test {table.measure}, %")}</div>')
     for caption, data in extra.panels:
         encoded = base64.b64encode(data).decode()
         image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{encoded}">'
-        parts.append(f"<h3>{escape(caption)}</h3>{image}")
+        parts.append(f'<h3>{escape(caption)}</h3><div class="panel" tabindex="0">{image}</div>')
+    parts.append(_list(extra.notes))
     if extra.histories:
         charts = "".join(svg(history.lines, "round", history.caption) for history in extra.histories)
         parts.append(f'<details><summary>Curves over the rounds</summary><div class="charts">{charts}</div></details>')
     return "".join(parts) + "</section>"
+
+
+def _list(notes: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>" if notes else ""
 
 
 def _table(table: Comparison) -> str:
@@ -127,12 +142,15 @@ def _table(table: Comparison) -> str:
     names += ["seconds", "GFLOP a round", "GiB"] if costs else []
     heads = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in names)
     body = "".join(_row(table, row, net, several, costs) for row, net in table.rows)
-    return f'<div class="table"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="table" tabindex="0"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _row(table: Comparison, row: str, net: str, several: bool, costs: bool) -> str:
     headline = table.is_headline(row, net)
-    cells = [_cell(row, row)] + ([_cell(net, net)] if several else [])
+    place = order(row)[0]
+    key = repr(place) if math.isfinite(place) else row
+    cells = [f'<th scope="row" data-sort="{escape(key)}">{escape(row)}</th>']
+    cells += [_cell(net, net)] if several else []
     for column in table.columns:
         cell = table.cells.get((row, net, column))
         if cell is None:

@@ -5,12 +5,23 @@ Figure 6 is drawn without numbers; those of its points that are in table 1 (shar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fractions import Fraction
 
 SHARES = ("1/8", "1/4", "1/2", "1")
 DATASETS = ("potsdam", "vaihingen", "gid")
-# What the paper calls a method that a run names by its module; a sweep's rows have the paper's names already.
-ROWS = {"dctc": "Ours", "mean_teacher": "Mean Teacher", "cps": "CPS", "dst_cbc": "DST-CBC", "supervised": "U-Net"}
+OURS = "Ours"
+METHODS = {"mean_teacher": "Mean Teacher", "cps": "CPS", "dst_cbc": "DST-CBC"}
+NETWORKS = {"unet": "U-Net", "attention_unet": "Attention U-Net", "u2net": "U2-Net"}  # of its supervised rows
+# (channel attention, sharpening) of its own method: table 3.
+ABLATIONS = {
+    ("false", "none"): "Baseline",
+    ("true", "none"): "Baseline + CA",
+    ("false", "s1"): "Baseline + sharpen (s1)",
+    ("false", "s2"): "Baseline + sharpen (s2)",
+    ("false", "both"): "Baseline + sharpen",
+    ("true", "both"): OURS,
+}
 
 _Row = tuple[float | None, ...]
 TABLE_1: dict[str, dict[str, _Row]] = {
@@ -96,13 +107,26 @@ TABLE_3: dict[str, dict[str, float]] = {
 }
 
 
+def row_of(method: str, network: str, params: Mapping[str, str]) -> str | None:
+    """What the paper calls a run by its method, network and parameters (``method.attention``, ``method.sharpen``).
+
+    A sweep's rows have the paper's names already.
+    """
+    if method == "supervised":
+        return NETWORKS.get(network) if params.get("method.attention", "false") == "false" else None
+    if network != "unet":
+        return None
+    if method == "dctc":
+        return ABLATIONS.get((params.get("method.attention", "true"), params.get("method.sharpen", "both")))
+    return METHODS.get(method)
+
+
 def printed(dataset: str, row: str, share: str) -> float | None:
     """The paper's mIoU of a method (table 1) or an ablation (table 3), in percent; None where it gives none."""
-    name = ROWS.get(row, row)
     column = _column(share)
-    if name in TABLE_1[dataset] and column is not None:
-        return TABLE_1[dataset][name][column]
-    return TABLE_3[dataset].get(name) if column == SHARES.index("1/2") else None
+    if row in TABLE_1[dataset] and column is not None:
+        return TABLE_1[dataset][row][column]
+    return TABLE_3[dataset].get(row) if column == SHARES.index("1/2") else None
 
 
 def printed_class(dataset: str, name: str, share: str) -> float | None:

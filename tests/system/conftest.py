@@ -1,0 +1,24 @@
+"""A database for the tests of tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from tests.stored import Store
+
+
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with its tables made, which takes seconds, to be copied."""
+    path = tmp_path_factory.mktemp("compare") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def store(empty: Path, request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    uri = f"sqlite:///{empty}"
+    return Store(MlflowClient(uri), uri, str(request.node.name), tmp_path / "files")

@@ -43,9 +43,12 @@ def show_dataset(dataset: Dataset) -> None:
 def show_evaluation(record: dict[str, Any], headline: str) -> None:
     """Scores of every net, and IoU by class; ``record`` is that of ``Evaluation.as_record``."""
     nets = {name: net["scores"] for name, net in record["nets"].items()}
-    means = Table("net", "mIoU", "PA", "MPA", "F1", "kappa", "entropy", title=f"{record['tiles']} tiles, in %")
+    kinds = {"miou": "mIoU", "pa": "PA", "mpa": "MPA", "f1": "F1", "kappa": "kappa"}
+    kinds |= {key: key.replace("_", " ").replace("miou", "mIoU") for key in nets[headline] if "miou_without" in key}
+    means = Table("net", *kinds.values(), "ECE", "entropy", title=f"{record['tiles']} tiles, in %")
     for name, scores in nets.items():
-        cells = [f"{100 * scores[key]:.1f}" for key in ("miou", "pa", "mpa", "f1", "kappa")]
+        values = [*(scores.get(key) for key in kinds), record["nets"][name]["ece"]]
+        cells = ["-" if value is None else f"{100 * value:.1f}" for value in values]
         means.add_row(
             name, *cells, f"{record['nets'][name]['entropy']:.3f} nats", style="bold" if name == headline else ""
         )

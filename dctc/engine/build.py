@@ -231,7 +231,9 @@ def _flops(config: Config, dataset: Dataset, method: Method) -> float | None:
             config.data.batch_labelled, unlabelled, dataset.manifest.tile_size,
         )  # fmt: skip
     except Exception as error:  # a method may compute what fake tensors cannot, and train all the same
-        _warn(True, f"the operations of a round cannot be counted ({type(error).__name__}: {error}): no perf/mfu")
+        _warn(
+            True, f"the operations of a round cannot be counted, so neither can MFU ({type(error).__name__}: {error})"
+        )
         return None
 
 
@@ -243,10 +245,11 @@ def finish(trainer: Trainer, config: Config) -> None:
     with trainer.parallel.own_errors():
         evaluation = watch.test() if config.evaluation.test else None
     tiles = watch.save_tiles()
-    report = watch.report(progress, evaluation, config.evaluation.test, trainer.tiles_per_round)
+    cost = _cost(trainer, config)
+    report = watch.report(progress, evaluation, config.evaluation.test, trainer.tiles_per_round, cost)
     if not trainer.parallel.is_main:
         return
-    tracker.metrics(_cost(trainer, config), progress.rounds)
+    tracker.metrics(cost, progress.rounds)
     if evaluation is not None:
         tracker.metrics(evaluation.as_metrics("test"), progress.rounds)
         print(f"test mIoU {evaluation.scores(trainer.method.headline).miou:.4f} ({trainer.method.headline})")
@@ -257,10 +260,13 @@ def finish(trainer: Trainer, config: Config) -> None:
 
 
 def _cost(trainer: Trainer, config: Config) -> dict[str, float]:
-    """What the run took: seconds of training, operations of a round, most memory of this rank."""
+    """What the run took: seconds of training, memory of the fullest rank, operations of a round (on the main rank)."""
     cost = {"perf/train_seconds": trainer.progress.seconds}
-    cost["perf/peak_memory_gib"] = peak_memory_gib(trainer.parallel.device)
-    flops = _flops(config, trainer.watch.dataset, trainer.method)
+    cost["perf/peak_memory_gib"] = max(trainer.parallel.gather(peak_memory_gib(trainer.parallel.device)))
+    if not trainer.parallel.is_main:
+        return cost
+    known = trainer.compute  # counted before the first round, on a GPU
+    flops = _flops(config, trainer.watch.dataset, trainer.method) if known is None else known.flops
     return cost if flops is None else cost | {"perf/round_gflop": flops / 1e9}
 
 

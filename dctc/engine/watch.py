@@ -107,15 +107,25 @@ class Watch:
             write_evaluation(self.folder, evaluation, "test")
         return evaluation
 
-    def report(self, progress: Progress, evaluation: Evaluation | None, tested: bool, tiles_per_round: int) -> Path:
+    def report(
+        self,
+        progress: Progress,
+        evaluation: Evaluation | None,
+        tested: bool,
+        tiles_per_round: int,
+        cost: Mapping[str, float],
+    ) -> Path:
         """Write ``report.json``: final metrics, time, memory, tiles/s, versions (main rank).
 
         ``tested`` says whether a test was asked for; ``evaluation`` is None without one, or without labels for it.
+        ``cost`` may have ``perf/peak_memory_gib`` and ``perf/round_gflop``; what is not known is null in the report.
         """
         record = {
             "rounds": progress.rounds,
             "train_seconds": progress.seconds,
             "train_tiles_per_s": progress.rounds * tiles_per_round / progress.seconds if progress.seconds else None,
+            "round_gflop": cost.get("perf/round_gflop"),
+            "peak_memory_gib": cost.get("perf/peak_memory_gib"),
             "best_val_miou": progress.best,
             "headline": self.method.headline,
             "tested": tested,
@@ -220,6 +230,8 @@ class Watch:
 
     def _dying_classes(self, predicted: list[float]) -> set[str]:
         """Names of the classes that a net predicts in far fewer pixels than the labels have."""
+        if not any(predicted):  # not a pixel with data was looked at
+            return set()
         shares = zip(self.dataset.manifest.class_names, self._labelled_shares(), predicted, strict=True)
         return {label for label, share, seen in shares if share >= DYING_FROM and seen < DYING_BELOW * share}
 

@@ -43,8 +43,14 @@ class Reliability:
         return _error(self.pixels.sum(0), self.correct.sum(0), self.confidence.sum(0))
 
     def ece_of(self, index: int) -> float:
-        """The same of the pixels that are predicted as one class."""
+        """The same of the pixels that are predicted as one class; nan where none is."""
         return _error(self.pixels[index], self.correct[index], self.confidence[index])
+
+    @property
+    def ece_by_class(self) -> dict[str, float]:
+        """:meth:`ece_of` by name, of the classes that are predicted somewhere."""
+        values = {name: self.ece_of(index) for index, name in enumerate(self.names)}
+        return {name: value for name, value in values.items() if not math.isnan(value)}
 
     def rows(self) -> list[list[object]]:
         """A table with a row a bin: bounds, pixels, mean confidence and accuracy (empty in an empty bin)."""
@@ -57,10 +63,11 @@ class Reliability:
 
 
 class Calibration:
-    """Counts for a :class:`Reliability` of ``classes`` classes, on ``device``."""
+    """Counts for a :class:`Reliability` of softmax(z / T) of ``classes`` classes, on ``device``."""
 
-    def __init__(self, classes: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, classes: int, device: torch.device | str = "cpu", temperature: float = 1.0) -> None:
         self.classes = classes
+        self.temperature = temperature
         # Pixels, correct ones, confidence in parts of ONE; the last place is for pixels that do not count.
         self.totals = torch.zeros(3, classes * BINS + 1, dtype=torch.int64, device=device)
 
@@ -69,11 +76,12 @@ class Calibration:
         """Count the pixels with a label.
 
         Args:
-            logits: float [B,K,H,W].
+            logits: float [B,K,H,W], any float dtype.
             truth: int64 [B,H,W], 255 = ignore.
             valid: bool [B,H,W].
         """
-        confidence, predicted = torch.softmax(logits.float(), dim=1).max(dim=1)
+        confidence, predicted = torch.softmax(logits.float() / self.temperature, dim=1).max(dim=1)
+        confidence = confidence.nan_to_num(0.0)  # no whole number stands for nan
         place = predicted * BINS + (confidence * BINS).long().clamp(0, BINS - 1)
         place = torch.where(valid & (truth != IGNORE), place, self.classes * BINS).flatten()
         values = [torch.ones_like(predicted), predicted == truth, (confidence * ONE).round()]

@@ -108,39 +108,54 @@ class Scores:
         Raises:
             ValueError: when a name is no class, or no class is left.
         """
+        means = self.means_without(names)
+        if not means:
+            raise ValueError(f"no class with pixels is left without {', '.join(names)}")
+        return means["miou"]
+
+    def means_without(self, names: Sequence[str]) -> dict[str, float]:
+        """``miou``, ``mpa``, ``precision``, ``f1`` over the present classes other than ``names``; empty without any.
+
+        Pixels of the classes left out still count as errors of the others.
+
+        Raises:
+            ValueError: when a name is no class.
+        """
         unknown = [name for name in names if name not in self.names]
         if unknown:
             raise ValueError(f"no class is named {', '.join(unknown)}; the classes are {', '.join(self.names)}")
         kept = self.present & ~np.isin(self.names, list(names))
-        if not kept.any():
-            raise ValueError(f"no class with pixels is left without {', '.join(names)}")
-        return float(self.iou[kept].mean())
+        columns = {"miou": self.iou, "mpa": self.recall, "precision": self.precision, "f1": self.f1}
+        return {key: float(column[kept].mean()) for key, column in columns.items()} if kept.any() else {}
 
     def as_metrics(self, prefix: str, per_class: bool = True, without: Sequence[str] = ()) -> dict[str, float]:
         """Finite numbers by metric name: ``PREFIX/miou`` ... and ``PREFIX/iou/NAME`` for every present class.
 
-        ``without`` adds ``PREFIX/miou_without_NAME`` (names joined by ``_``).
+        ``without`` adds ``PREFIX/miou_without_NAME`` (names joined by ``_``) and the others of :meth:`means_without`.
         """
-        metrics = {f"{prefix}/{name}": value for name, value in self._means().items()}
-        if without:
-            metrics[f"{prefix}/miou_without_{'_'.join(without)}"] = self.miou_without(without)
+        means = self._means() | self._named_means_without(without)
+        metrics = {f"{prefix}/{name}": value for name, value in means.items()}
         if per_class:
             rows = zip(self.names, self.iou, self.present, strict=True)
             metrics |= {f"{prefix}/iou/{name}": float(value) for name, value, present in rows if present}
         return metrics
 
-    def as_record(self) -> dict[str, object]:
-        """Everything as plain JSON values; a score of an absent class is ``None``."""
+    def as_record(self, without: Sequence[str] = ()) -> dict[str, object]:
+        """Everything as plain JSON values; a score of an absent class is ``None``; ``without`` as in metrics."""
         columns = {"iou": self.iou, "precision": self.precision, "recall": self.recall, "f1": self.f1}
         classes = {
             name: {key: None if math.isnan(column[i]) else float(column[i]) for key, column in columns.items()}
             | {"pixels": int(self._true[i]), "predicted": int(self._predicted[i])}
             for i, name in enumerate(self.names)
         }
-        return self._means() | {"pixels": self.pixels, "classes": classes, "matrix": self.matrix.tolist()}
+        means = self._means() | self._named_means_without(without)
+        return means | {"pixels": self.pixels, "classes": classes, "matrix": self.matrix.tolist()}
 
-    def write_csv(self, path: Path) -> None:
-        """The per-class table, one row a class and the means last; an absent class has empty cells. Atomic."""
+    def write_csv(self, path: Path, without: Sequence[str] = ()) -> None:
+        """The per-class table, one row a class and the means last; an absent class has empty cells. Atomic.
+
+        ``without`` adds a row of the means without these classes.
+        """
         rows: list[list[object]] = [["class", "iou", "precision", "recall", "f1", "pixels", "predicted"]]
         for i, name in enumerate(self.names):
             values = [column[i] for column in (self.iou, self.precision, self.recall, self.f1)]
@@ -149,6 +164,9 @@ class Scores:
         means = self._means()
         macro = [repr(means[key]) for key in ("miou", "precision", "recall", "f1")]
         rows.append(["mean", *macro, self.pixels, self.pixels])
+        if without and (others := self.means_without(without)):
+            others_macro = [repr(others[key]) for key in ("miou", "precision", "mpa", "f1")]
+            rows.append([f"mean without {', '.join(without)}", *others_macro, "", ""])
         write_rows(path, rows)
 
     def write_matrix_csv(self, path: Path) -> None:
@@ -179,6 +197,10 @@ class Scores:
 
     def _mean(self, values: Floats) -> float:
         return float(values[self.present].mean())
+
+    def _named_means_without(self, names: Sequence[str]) -> dict[str, float]:
+        means = self.means_without(names) if names else {}
+        return {f"{key}_without_{'_'.join(names)}": value for key, value in means.items()}
 
     def _means(self) -> dict[str, float]:
         macro = {name: self._mean(getattr(self, name)) for name in ("f1", "precision", "recall")}

@@ -143,23 +143,29 @@ def confusion_picture(matrix: NDArray[np.int64], names: Sequence[str], title: st
         return picture.convert("RGB")
 
 
-def reliability_picture(rows: Sequence[Sequence[Any]], title: str = "") -> Image.Image:
-    """Accuracy over confidence, a bar a bin, and how many pixels there are; ``rows`` as in a calibration table."""
+def reliability_picture(curves: Mapping[str, Sequence[Sequence[Any]]], title: str = "") -> Image.Image:
+    """Accuracy over confidence of each curve, and the share of the pixels in each bin below.
+
+    Args:
+        curves: caption -> rows of a calibration table: from, to, pixels, mean confidence, accuracy; the last two are
+            not read where there is no pixel.
+    """
     from matplotlib.figure import Figure
 
-    left = [float(row[0]) for row in rows]
-    width = float(rows[0][1]) - left[0]
-    pixels = np.array([row[2] for row in rows], np.float64)
     figure = Figure(figsize=(5, 5.4), dpi=110, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    full = [row for row in rows if row[2]]
-    upper.bar([float(row[0]) for row in full], [float(row[4]) for row in full], width, align="edge", color="#9ecae1")
-    upper.plot([float(row[3]) for row in full], [float(row[4]) for row in full], "o-", color="#08519c", ms=4)
     upper.plot([0, 1], [0, 1], "--", color="0.5", lw=1)
+    for (caption, rows), color in zip(curves.items(), ("#08519c", "#e6550d", "0.3"), strict=False):
+        edges = [float(rows[0][0]), *(float(row[1]) for row in rows)]
+        pixels = np.array([row[2] for row in rows], np.float64)
+        full = [row for row in rows if row[2]]
+        points = [[float(row[column]) for row in full] for column in (3, 4)]
+        upper.plot(*points, "o-", color=color, ms=4, label=caption)
+        lower.stairs(pixels / max(1, pixels.sum()), edges, color=color, fill=True, alpha=0.35)
     upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     upper.set_title(title, fontsize=11)
-    lower.bar(left, pixels / max(1, pixels.sum()), width, align="edge", color="0.7")
-    lower.set(xlabel="confidence", ylabel="pixels")
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9, ncols=2)
+    lower.set(xlabel="confidence", ylabel="share of pixels")
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
     data = io.BytesIO()

@@ -39,7 +39,8 @@ def test_evaluate_repeats_the_final_test(tested: Path, tiny_dataset: Path, tmp_p
 
 
 def test_the_run_leaves_what_it_promises(tested: Path) -> None:
-    tables = ("test-classes.csv", "test-s1-calibration.csv", "test-teacher-calibration.png")
+    tables = ["test-classes.csv", "test-classes-ece.csv", "test-s1-calibration.csv", "test-teacher-calibration.png"]
+    tables.append("test-mean-calibration-sharpened.csv")
     for name in ("config.yaml", "metrics.jsonl", "model.safetensors", "best.safetensors", "report.json", *tables):
         assert (tested / name).stat().st_size > 0
     assert sorted(path.name for path in (tested / "pictures").iterdir()) == ["step-00000003.png", "step-00000006.png"]
@@ -51,9 +52,19 @@ def test_the_run_leaves_what_it_promises(tested: Path) -> None:
     promised |= {f"{split}/{net}/{score}" for split in ("val", "test") for net in ("s1", "s2", "mean", "teacher")
                  for score in ("miou", "pa", "mpa", "f1")}  # fmt: skip
     promised |= {"test/s1/iou/building", "perf/data_wait_share", "perf/train_seconds", "perf/round_gflop"}
-    promised |= {"test/s1/ece", "train/dying/s1", "train/pseudo/teacher/ece", "train/pseudo/s1/pa"}
+    promised |= {"test/s1/ece", "test/s2/sharpened_ece", "test/teacher/f1_without_clutter", "val/mean/ece"}
+    promised |= {f"train/pseudo/{net}/{score}" for net in ("s1", "s2", "mean", "teacher")
+                 for score in ("miou", "miou_without_clutter", "pa", "ece", "sharpened_ece")}  # fmt: skip
     promised |= {f"train/pseudo/s2/{kind}/building" for kind in ("iou", "precision", "recall")}
-    assert promised <= names
+    promised |= {"train/dying/s1", "train/dying/teacher"}
+    assert promised - names == set()
+    report = json.loads((tested / "report.json").read_text())
+    assert report["round_gflop"] > 0
+    assert report["peak_memory_gib"] >= report["test"]["peak_memory_gib"] > 0
+    scores = report["test"]["nets"]["s1"]
+    assert scores["scores"]["miou_without_clutter"] > 0
+    assert 0 <= scores["ece"] <= 1
+    assert scores["ece_by_class"].keys() <= scores["scores"]["classes"].keys()
 
 
 def test_running_it_again_does_nothing(tested: Path) -> None:

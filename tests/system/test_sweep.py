@@ -82,7 +82,7 @@ def test_a_sweep_is_stopped_goes_on_and_leaves_a_failed_run_behind(configs: Path
     assert {(r.data.tags["row"], r.data.tags["labelled_share"], r.info.status) for r in children} == {
         ("U-Net", "1", "FINISHED"), ("CPS", "1/4", "FINISHED"), ("CPS", "1/2", "FINISHED"), ("broken", "1/2", "FAILED"),
     }  # fmt: skip
-    assert {r.data.tags["headline"] for r in children} == {"s1"}
+    assert {(r.data.tags["headline"], r.data.tags["network"]) for r in children} == {("s1", "unet")}
     assert [file.path for file in client.list_artifacts(parent.info.run_id)] == ["table.yaml"]
 
 

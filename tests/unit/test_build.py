@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from dctc.config import load_config
-from dctc.engine.build import Run, locate, make_folder, prepare, resolve, settle
+from dctc.engine.build import Run, finish, locate, make_folder, prepare, resolve, settle
 from dctc.engine.parallel import Parallel
 from dctc.engine.preempt import StopRequest
 from dctc.engine.trainer import Tracker, Trainer
@@ -131,6 +132,42 @@ def test_settings_that_no_method_or_network_takes(
     with pytest.raises(InputError) as caught:
         trainer(dataset, tmp_path, override)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize("countable", [True, False])
+def test_what_a_run_took(
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    countable: bool,
+) -> None:
+    """Memory is of the fullest of two ranks; a method whose operations cannot be counted ends well, with a warning."""
+
+    def flops(*_: object) -> float:
+        if not countable:
+            raise RuntimeError("it reads a value back")
+        return 2.5e9
+
+    monkeypatch.setattr("dctc.engine.build.round_flops", flops)
+    path = written(dataset, tmp_path)
+    config = settle(resolve(load_config(path, ["evaluation.test=false"])), torch.device("cpu"))
+    run = located(dataset, tmp_path)
+    make_folder(config, run, Parallel())
+    built = trainer(dataset, tmp_path)
+    told: dict[str, float] = {}
+    built.tracker = cast(
+        Tracker,
+        SimpleNamespace(metrics=lambda values, _: told.update(values), artifact=lambda _: None, run_id=None),
+    )
+    built.progress.seconds = 12.5
+    monkeypatch.setattr(built.parallel, "gather", lambda own: [own, own + 7.0])
+    finish(built, config)
+    report = json.loads((run.folder / "report.json").read_text())
+    assert told["perf/train_seconds"] == report["train_seconds"] == 12.5
+    assert told["perf/peak_memory_gib"] == report["peak_memory_gib"] > 7.0
+    assert (told.get("perf/round_gflop"), report["round_gflop"]) == ((2.5, 2.5) if countable else (None, None))
+    assert ("cannot be counted" in capsys.readouterr().out) is not countable
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_the_first_round(dataset: Dataset, tmp_path: Path) -> None:

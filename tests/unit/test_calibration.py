@@ -24,9 +24,9 @@ def data(seed: int, count: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     return logits, truth, torch.rand(truth.shape, generator=generator) > 0.2
 
 
-def by_numpy(logits: Tensor, truth: Tensor, valid: Tensor, only: int | None = None) -> float:
+def by_numpy(logits: Tensor, truth: Tensor, valid: Tensor, only: int | None = None, temperature: float = 1.0) -> float:
     """Sum over bins of |sum of (right - confidence)|, over all pixels, pixel by pixel."""
-    z = logits.double().numpy()
+    z = logits.double().numpy() / temperature
     p = np.exp(z - z.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     gaps, total = [0.0] * BINS, 0
@@ -41,14 +41,16 @@ def by_numpy(logits: Tensor, truth: Tensor, valid: Tensor, only: int | None = No
     return sum(map(abs, gaps)) / total
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("seed", range(3))
-def test_against_numpy(seed: int) -> None:
-    meter = Calibration(3)
+def test_against_numpy(seed: int, temperature: float) -> None:
+    meter = Calibration(3, temperature=temperature)
     meter.update(*data(seed))
     found = meter.result(NAMES)
-    assert found.ece == pytest.approx(by_numpy(*data(seed)), abs=1e-6)
-    for index in range(3):
-        assert found.ece_of(index) == pytest.approx(by_numpy(*data(seed), only=index), abs=1e-6)
+    assert found.ece == pytest.approx(by_numpy(*data(seed), temperature=temperature), abs=1e-6)
+    for index, name in enumerate(NAMES):
+        expected = by_numpy(*data(seed), only=index, temperature=temperature)
+        assert found.ece_of(index) == found.ece_by_class[name] == pytest.approx(expected, abs=1e-6)
     assert sum(int(row[2]) for row in found.rows()[1:]) == int(((data(seed)[1] != 255) & data(seed)[2]).sum())  # type: ignore[call-overload]  # a count
 
 
@@ -63,7 +65,21 @@ def test_a_net_that_is_as_good_as_it_says_has_no_error() -> None:
     wrong = Calibration(2)
     wrong.update(1000 * logits, 1 - truth * 0, torch.ones_like(truth, dtype=torch.bool))
     assert wrong.result(("x", "y")).ece == pytest.approx(1.0)
+    assert wrong.result(("x", "y")).ece_by_class.keys() == {"x"}, "y is never predicted"
     assert math.isnan(Calibration(2).result(("x", "y")).ece)
+
+
+def test_a_pixel_without_a_number_is_no_confidence() -> None:
+    meter = Calibration(2)
+    logits = torch.tensor([[0.0, math.nan], [0.0, 0.0]]).view(1, 2, 1, 2)
+    meter.update(logits, torch.zeros(1, 1, 2, dtype=torch.int64), torch.ones(1, 1, 2, dtype=torch.bool))
+    assert meter.result(("x", "y")).confidence.sum() == pytest.approx(0.5)
+
+
+def test_it_never_reads_the_device() -> None:
+    """Tensors on the meta device have no values: any read-back raises."""
+    ids = torch.zeros(2, 8, 8, dtype=torch.int64, device="meta")
+    Calibration(3, device="meta").update(torch.zeros(2, 3, 8, 8, device="meta"), ids, ids.bool())
 
 
 @settings(max_examples=20, deadline=None)

@@ -58,11 +58,16 @@ def test_hand_worked_three_classes() -> None:
     assert close(scores.fwiou, Fraction(60, 100) * iou[0] + Fraction(30, 100) * iou[1] + Fraction(10, 100) * iou[2])
     assert close(scores.kappa, (Fraction(80, 100) - chance) / (1 - chance))
     assert close(scores.miou_without(["clutter"]), (iou[0] + iou[1]) / 2)
+    without = scores.as_metrics("x", without=["clutter"])
+    for kind, values in (("miou", iou), ("mpa", recall), ("precision", precision), ("f1", f1)):
+        assert close(without[f"x/{kind}_without_clutter"], (values[0] + values[1]) / 2)
+        assert scores.as_record(["clutter"])[f"{kind}_without_clutter"] == without[f"x/{kind}_without_clutter"]
 
 
 def test_metric_names_are_the_documented_ones() -> None:
     metrics = counted(HAND).scores(NAMES).as_metrics("test/s1", without=["clutter"])
-    means = ("miou", "pa", "mpa", "f1", "precision", "recall", "fwiou", "kappa", "miou_without_clutter")
+    means = {"miou", "pa", "mpa", "f1", "precision", "recall", "fwiou", "kappa"}
+    means |= {f"{kind}_without_clutter" for kind in ("miou", "mpa", "precision", "f1")}
     assert set(metrics) == {f"test/s1/{m}" for m in means} | {f"test/s1/iou/{n}" for n in NAMES}
     assert all(type(value) is float for value in metrics.values())
 
@@ -98,6 +103,14 @@ def test_class_only_predicted_counts_as_zero() -> None:
 def test_miou_without_refuses_unknown_names() -> None:
     with pytest.raises(ValueError, match=r"clutered.*road, tree, clutter"):
         counted(HAND).scores(NAMES).miou_without(["clutered"])
+
+
+def test_a_set_of_clutter_alone_has_scores_and_none_without_it() -> None:
+    scores = counted([[0, 0, 0], [0, 0, 0], [0, 0, 5]]).scores(NAMES)
+    assert scores.means_without(["clutter"]) == {}
+    metrics = scores.as_metrics("x", without=["clutter"])
+    assert metrics["x/miou"] == 1.0
+    assert not [key for key in metrics if "without" in key]
 
 
 def test_agrees_with_scikit_learn() -> None:
@@ -184,13 +197,13 @@ def test_shapes_must_match() -> None:
 
 def test_csv_files(tmp_path: Path) -> None:
     scores = counted([[4, 1, 0], [2, 3, 0], [0, 0, 0]]).scores(NAMES)
-    scores.write_csv(tmp_path / "classes.csv")
+    scores.write_csv(tmp_path / "classes.csv", ["clutter"])
     scores.write_matrix_csv(tmp_path / "matrix.csv")
     table = list(csv.DictReader((tmp_path / "classes.csv").open()))
-    assert [row["class"] for row in table] == [*NAMES, "mean"]
+    assert [row["class"] for row in table] == [*NAMES, "mean", "mean without clutter"]
     assert float(table[0]["iou"]) == 4 / 7
     assert table[2]["iou"] == ""
-    assert float(table[3]["iou"]) == scores.miou
+    assert float(table[3]["iou"]) == float(table[4]["iou"]) == scores.miou, "clutter is absent here"
     matrix = list(csv.reader((tmp_path / "matrix.csv").open()))
     assert matrix[1:] == [["road", "4", "1", "0"], ["tree", "2", "3", "0"], ["clutter", "0", "0", "0"]]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["classes.csv", "matrix.csv"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from dctc.tracking.figures import confusion_picture, panel, save_picture, stretch
+from dctc.tracking.figures import confusion_picture, panel, reliability_picture, save_picture, stretch
 from shards.manifest import ClassInfo
 
 CLASSES = [ClassInfo(name="road", color=(200, 0, 0)), ClassInfo(name="tree", color=(0, 200, 0))]
@@ -122,6 +122,37 @@ def test_confusion_picture_darkens_with_the_share_of_the_row() -> None:
     assert (picture != swapped)[:, :middle].any()
     rows = slice(picture.shape[0] // 5, picture.shape[0] // 3)
     assert np.median(picture[rows, middle // 2 : middle]) < np.median(swapped[rows, middle // 2 : middle]) - 50
+
+
+def near(picture: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    """bool [H,W]: where a picture [H,W,3] has nearly that colour."""
+    return np.asarray((np.abs(picture.astype(int) - color) < 30).all(axis=2))
+
+
+def bins(accuracy: float, full: range = range(5, 15)) -> list[list[object]]:
+    """Of 15 bins those of ``full`` have pixels, of which ``accuracy`` are right."""
+    middle = [(number + 0.5) / 15 for number in range(15)]
+    return [[n / 15, (n + 1) / 15, 10 if n in full else 0, *((middle[n], accuracy) if n in full else ("", ""))]
+            for n in range(15)]  # fmt: skip
+
+
+def test_reliability_picture_shows_each_curve_at_its_accuracy() -> None:
+    """Of a flat curve the rows of its colour lie as high as its accuracy says; an empty bin is no obstacle."""
+
+    def height(accuracy: float) -> float:
+        picture = np.asarray(reliability_picture({"one": bins(accuracy)}, "test")).astype(int)
+        blue = near(picture, (0x08, 0x51, 0x9C))
+        blue = blue[: len(blue) * 2 // 3, picture.shape[1] // 2 :]  # the diagram above, right of the legend
+        return float(np.median(np.nonzero(blue)[0]))
+
+    low, middle, high = height(0.2), height(0.5), height(0.8)
+    assert low > middle > high
+    assert low - middle == pytest.approx(middle - high, abs=4)
+    alone = np.asarray(reliability_picture({"one": bins(0.5)}))
+    both = np.asarray(reliability_picture({"one": bins(0.5), "two": bins(0.2)}))
+    assert near(both, (0xE6, 0x55, 0x0D)).sum() > 100
+    assert not near(alone, (0xE6, 0x55, 0x0D)).any()
+    reliability_picture({"nothing": bins(0.5, full=range(0))})
 
 
 @pytest.mark.parametrize("size", [1, 12, 30])

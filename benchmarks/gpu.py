@@ -37,10 +37,10 @@ import torch
 from benchmarks import gpu_accuracy, gpu_correct, gpu_loader, gpu_speed
 from benchmarks.gpu_engine import Deadline, Report, device_name
 from dctc.engine.parallel import Parallel
-from dctc.methods import method_names
 from dctc.networks import network_names
 
 ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("dctc", "supervised")  # whose rounds are updates alone; the others need the trainer
 PARTS: dict[str, Callable[[argparse.Namespace, Parallel, Deadline, Report], bool]] = {
     "speed": gpu_speed.run,
     "correct": gpu_correct.run,
@@ -58,16 +58,14 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/dubai_mbrsc", help="the Dubai scenes")
-    parser.add_argument("--methods", type=_names, default=method_names(), help="NAME,NAME; all")
-    parser.add_argument(
-        "--networks", type=_names, default=network_names(), help="NAME,NAME; all, for accuracy the first"
-    )
+    parser.add_argument("--methods", type=_names, default=list(METHODS), help="NAME,NAME; all")
+    parser.add_argument("--networks", type=_names, default=["unet"], help="NAME,NAME; for accuracy the first")
     parser.add_argument("--width", type=int, default=None, help="of the networks; 64")
     parser.add_argument("--tile", type=int, default=None, help="pixels; 512, for accuracy 256")
     parser.add_argument("--batch", type=int, default=None, help="tiles of each stream; 4, for accuracy 8")
     parser.add_argument("--rounds", type=int, default=None, help="of a training in part accuracy; 1500")
     options = parser.parse_args(given)
-    known = {"part": (options.parts, list(PARTS)), "method": (options.methods, method_names())}
+    known = {"part": (options.parts, list(PARTS)), "method": (options.methods, list(METHODS))}
     for kind, (chosen, names) in (known | {"network": (options.networks, network_names())}).items():
         if unknown := sorted(set(chosen) - set(names)):
             parser.error(f"no {kind} is called {', '.join(unknown)}: choose of {', '.join(names)}")

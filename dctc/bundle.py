@@ -167,7 +167,9 @@ class Bundle:
                 module.load_state_dict(
                     {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
                 )
-        except (OptionError, UnknownNetwork, UnavailableBackbone, RuntimeError) as error:
+        except UnavailableBackbone as error:
+            raise InputError(f"{path}: {error}") from None
+        except (OptionError, UnknownNetwork, RuntimeError) as error:
             raise InputError(f"{path}: its weights and its description do not fit: {error}") from None
         return cls(description, method, torch.device(device))
 

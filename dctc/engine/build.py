@@ -322,7 +322,8 @@ def _method(config: Config, dataset: Dataset, parallel: Parallel) -> Method:
     try:
         return build_method(config.method.name, _network_spec(config, dataset, parallel), config.method.options)
     except UnknownNetwork as error:
-        raise InputError(f"key network.name: {error}") from None
+        name = config.network.name
+        raise InputError(f"key network.name: unknown network {name!r}; {nearest(name, error.known)}") from None
     except UnavailableBackbone as error:
         raise InputError(f"key network.backbone is {config.network.backbone!r}: {error}") from None
 

@@ -33,10 +33,11 @@ def round_flops(
     tile: int,
     step: int = FAR_ALONG,
 ) -> float:
-    """Operations of one round, pseudo labels included; nothing is computed and no memory is taken.
+    """Operations of one round, pseudo labels included; nothing is computed.
 
     Fake tensors are the meta device in a CPU's clothes: autocast, which the losses switch off, does not know "meta".
-    A method that reads a value back from a tensor (``item``) cannot be counted; torch says so.
+    Weights are made in earnest and let go, because the makers of many backbones read values back from tensors. A method
+    that does so in a round (``item``) cannot be counted; torch says so.
 
     Args:
         options: of the method, as in its YAML.
@@ -44,9 +45,13 @@ def round_flops(
         tile: height and width in pixels.
         step: the round that is counted, from 0; a method may begin with fewer phases.
     """
-    spec = replace(spec, norm="group")  # no norm counts, and the others refuse CPUs, or a map of a single pixel
-    with FakeTensorMode():
+    # No norm counts; sync refuses CPUs and batch a map of a single pixel, but a backbone keeps its own.
+    spec = replace(spec, norm="batch" if spec.backbone else "group")
+    with torch.random.fork_rng(devices=[]):
         method = build_method(method_name, spec, options)
+    with FakeTensorMode() as mode:
+        for module in method.parts.values():
+            module._apply(mode.from_tensor)
         method.length = Length(rounds=step, epoch=1)
         labelled = _batch(spec, batch_labelled, tile, method.labelled_needs, labels=True)
         unlabelled = _batch(spec, batch_unlabelled, tile, method.unlabelled_needs, labels=False)

@@ -1,7 +1,8 @@
 """A U-Net whose encoder is a network of the library timm, by the name in ``network.backbone``: resnet34, convnext_tiny.
 
 timm is an optional extra, and needs torchvision. The trunk keeps the norms that it comes with (``norm: sync`` turns its
-batch norms into synchronised ones); ``norm`` and ``width`` are the decoder's. Weights are random.
+batch norms into synchronised ones; ``norm: group`` is refused where it has any); ``width`` is the decoder's. Weights
+are random.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from dctc.networks.block import Block
 from dctc.networks.channel_attention import ChannelAttention
 from dctc.networks.unet import double_convolution
 
@@ -22,7 +25,7 @@ BACKBONES = True  # this network is not whole without one
 
 
 class UnavailableBackbone(ValueError):
-    """timm cannot be imported, or has no such network."""
+    """timm cannot be imported, has no such network, or its network does not serve here."""
 
 
 def make_trunk(backbone: str, bands: int) -> nn.Module:
@@ -47,18 +50,47 @@ def shape_of(trunk: nn.Module) -> tuple[list[int], list[int]]:
     return list(info.channels()), list(info.reduction())
 
 
+def check_trunk(trunk: nn.Module, backbone: str, bands: int) -> None:
+    """Refuse what is not a pyramid of maps [B,C,H,W] for images of any size; raises :class:`UnavailableBackbone`.
+
+    Many transformers are made for one size, and some put the channels last. A pass over a small image tells: not
+    a square one, as those sizes are.
+    """
+    channels, strides = shape_of(trunk)
+    height, breadth = 2 * strides[-1], 3 * strides[-1]
+    expected = [(1, c, height // s, breadth // s) for c, s in zip(channels, strides, strict=True)]
+    advice = "take another one, such as resnet34 or convnext_tiny"
+    try:
+        with torch.no_grad():
+            found = [tuple(m.shape) for m in trunk.eval()(torch.zeros(1, bands, height, breadth))]
+    except Exception as error:  # each network has its own
+        raise UnavailableBackbone(
+            f"backbone {backbone!r} does not take images of any size ({error}): {advice}"
+        ) from error
+    if found != expected:
+        raise UnavailableBackbone(
+            f"backbone {backbone!r} makes maps of the shapes {found} where {expected} are needed: {advice}"
+        )
+    trunk.train()
+
+
 class Encoder(nn.Module):
-    """The trunk; with ``attention`` channel attention on each of its feature maps."""
+    """The trunk, recomputed and sharded as one block; with ``attention`` channel attention on each feature map."""
 
     def __init__(
         self, bands: int, width: int, norm: str = "batch", attention: bool = False, backbone: str = ""
     ) -> None:
         super().__init__()
         trunk = make_trunk(backbone, bands)
+        check_trunk(trunk, backbone, bands)
+        channels, strides = shape_of(trunk)
+        if norm == "group" and any(isinstance(module, _BatchNorm) for module in trunk.modules()):
+            raise UnavailableBackbone(
+                f"backbone {backbone!r} has batch norms, which network.norm=group does not replace: take batch or sync"
+            )
         if norm == "sync":
             trunk = nn.SyncBatchNorm.convert_sync_batchnorm(trunk)  # type: ignore[no-untyped-call]  # torch has no types
-        self.trunk = trunk
-        channels, strides = shape_of(trunk)
+        self.trunk = Block(trunk)
         self.stride = strides[-1]
         self.attention = nn.ModuleList(ChannelAttention(c) if attention else nn.Identity() for c in channels)
 

@@ -9,12 +9,15 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dctc.methods import Batch
 from tests.golden.rounds import CLASSES, IGNORE, TERMS
+
+Outputs = Tensor | tuple[Tensor, ...]  # of a net with deep supervision in training mode several
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,16 @@ class PlainLoop:
             values |= dict(zip(names, self.teach(x, targets, weight, known), strict=True))
         return values
 
-    def student(self, number: int, x: Tensor) -> Tensor:
+    def student(self, number: int, x: Tensor) -> Any:
         """S = D after E."""
-        logits: Tensor = self.nets[f"s{number}"](self.nets["encoder"](x), x.shape[-2:])
-        return logits
+        return self.nets[f"s{number}"](self.nets["encoder"](x), x.shape[-2:])
 
-    def loss(self, logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-        """Equation 6 of equation 5, mean over the pixels that count; ``target`` [B,K,H,W] is all zero where ignored."""
+    def loss(self, logits: Outputs, target: Tensor, temperature: float) -> Tensor:
+        """Equation 6 of equation 5, mean over the pixels that count; ``target`` [B,K,H,W] is all zero where ignored.
+        With deep supervision the sum of seven."""
+        if not isinstance(logits, Tensor):
+            assert len(logits) == 7
+            return torch.stack([self.loss(z, target, temperature) for z in logits]).sum()
         p = torch.softmax(logits.double(), 1) ** (1 / temperature)
         p = p / p.sum(1, keepdim=True)
         pixels = -(target * p.log()).sum(1)
@@ -109,9 +115,12 @@ class PlainLoop:
         sharp = [self.switches.temperature if self.switches.sharpen in (s, "both") else 1.0 for s in ("s1", "s2")]
         images = x if known is None else torch.cat([x, known[0]])
 
-        def losses(number: int, logits: Tensor) -> list[Tensor]:
-            found = [self.loss(logits[: len(x)], targets[number - 1], sharp[number - 1])]
-            return found if known is None else [*found, self.loss(logits[len(x) :], known[1], 1.0)]
+        def of(logits: Outputs, tiles: slice) -> Outputs:
+            return logits[tiles] if isinstance(logits, Tensor) else tuple(z[tiles] for z in logits)
+
+        def losses(number: int, logits: Outputs) -> list[Tensor]:
+            found = [self.loss(of(logits, slice(len(x))), targets[number - 1], sharp[number - 1])]
+            return found if known is None else [*found, self.loss(of(logits, slice(len(x), None)), known[1], 1.0)]
 
         pairs = []
         if self.switches.fused:

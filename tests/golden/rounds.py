@@ -22,10 +22,12 @@ ADAM = OptimizerSpec()  # the paper's: Adam(1e-3, betas .9/.999, eps 1e-8, no de
 SGD = OptimizerSpec(name="sgd", lr=0.01, momentum=0.9)
 
 
-def built(name: str = "dctc", norm: str = "batch", dtype: torch.dtype = torch.float32, **options: Any) -> Method:
+def built(
+    name: str = "dctc", norm: str = "batch", dtype: torch.dtype = torch.float32, network: str = "unet", **options: Any
+) -> Method:
     """A method with the same weights at each call."""
     torch.manual_seed(7)
-    method = build_method(name, NetworkSpec(BANDS, CLASSES, width=WIDTH, norm=norm), options)
+    method = build_method(name, NetworkSpec(BANDS, CLASSES, network, WIDTH, norm), options)
     for module in method.parts.values():
         module.to(dtype)
     return method

@@ -84,18 +84,22 @@ ADAMW = OptimizerSpec(name="adamw", weight_decay=0.01)
 
 
 @pytest.mark.parametrize(
-    ("spec", "norm", "micro"),
+    ("spec", "norm", "micro", "network"),
     [
-        pytest.param(ADAM, "batch", 1, id="adam-batch"),
-        pytest.param(ADAM, "group", 1, id="adam-group"),
-        pytest.param(ADAM, "batch", 2, id="adam-batch-accumulated"),
-        pytest.param(ADAMW, "batch", 1, id="adamw-batch"),
-        pytest.param(SGD, "batch", 1, id="sgd-batch"),
-        pytest.param(SGD, "group", 2, id="sgd-group-accumulated"),
+        pytest.param(ADAM, "batch", 1, "unet", id="adam-batch"),
+        pytest.param(ADAM, "group", 1, "unet", id="adam-group"),
+        pytest.param(ADAM, "batch", 2, "unet", id="adam-batch-accumulated"),
+        pytest.param(ADAMW, "batch", 1, "unet", id="adamw-batch"),
+        pytest.param(SGD, "batch", 1, "unet", id="sgd-batch"),
+        pytest.param(SGD, "group", 2, "unet", id="sgd-group-accumulated"),
+        pytest.param(ADAM, "batch", 1, "attention_unet", id="attention_unet"),
+        pytest.param(ADAM, "batch", 1, "u2net_small", id="u2net_small"),
     ],
 )
-def test_each_update_moves_its_own_parts_and_no_other_bit(spec: OptimizerSpec, norm: str, micro: int) -> None:
-    method = built(norm=norm)
+def test_each_update_moves_its_own_parts_and_no_other_bit(
+    spec: OptimizerSpec, norm: str, micro: int, network: str
+) -> None:
+    method = built(norm=norm, network=network)
     run = updater(method, spec)
     for step in range(3):  # from the second round on every part has moments, which would move an idle one
         witness = witnessed(method, run, step, micro)

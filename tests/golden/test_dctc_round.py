@@ -89,6 +89,22 @@ def test_every_switch(options: dict[str, Any], switches: Switches) -> None:
 
 
 @pytest.mark.parametrize(
+    ("network", "options", "switches"),
+    [
+        ("attention_unet", {}, Switches(sgd=True)),
+        ("u2net_small", {}, Switches(sgd=True)),
+        ("u2net_small", {"labels_for_students": True}, Switches(sgd=True, labels=True)),
+    ],
+    ids=["attention_unet", "u2net_small", "u2net_small-labels"],
+)
+def test_every_network(network: str, options: dict[str, Any], switches: Switches) -> None:
+    """A U2-Net's loss is the sum of seven, its label that of the fused one."""
+    method = built(norm="group", dtype=EXACT, network=network, **options)
+    expected = plain_losses(method.parts, switches, 3)
+    assert_same(engine_losses(method, updater(method, SGD), 3), expected)
+
+
+@pytest.mark.parametrize(
     ("options", "switches"),
     [
         ({}, Switches(sgd=True)),

@@ -19,6 +19,7 @@ from dctc.methods import build_method
 from dctc.methods.losses import cross_entropy_sum, each, pixel_count
 from dctc.networks import NetworkSpec, build_network, network_names
 from dctc.networks.attention_unet import Gate
+from dctc.networks.channel_attention import ChannelAttention
 from dctc.networks.rsu import ResidualUBlock
 from tests.golden.rounds import ADAM, batches, by_term, run_round, updater
 from tests.tiny import losses, run, write_config
@@ -172,8 +173,8 @@ def test_the_loss_is_the_sum_over_seven_outputs() -> None:
     outputs = network(images)
     assert isinstance(outputs, tuple)
     assert [tuple(z.shape) for z in outputs] == [(2, 4, 40, 33)] * 7
-    expected = sum(F.cross_entropy(z, y, ignore_index=255) for z in outputs)
-    assert float(cross_entropy_sum(outputs, y) / pixel_count(y)) == pytest.approx(float(expected), rel=1e-6)
+    expected = torch.stack([F.cross_entropy(z, y, ignore_index=255) for z in outputs]).sum()
+    assert (cross_entropy_sum(outputs, y) / pixel_count(y)).item() == pytest.approx(expected.item(), rel=1e-6)
     assert torch.equal(network.eval()(images), outputs[0]), "the fused one is the prediction (group norm: no modes)"
 
 
@@ -214,16 +215,52 @@ def test_blocks_can_be_recomputed(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 @pytest.mark.parametrize("name", NAMES)
-def test_lower_precision_runs(name: str) -> None:
-    network = build_network(NetworkSpec(3, 4, name, 4, "group")).eval()
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        full = network(images)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            lower = network(images)
-    assert lower.dtype == torch.bfloat16
-    assert (lower.float() - full).abs().max() < 0.1 * full.abs().max() + 0.05
+def test_lower_precision_runs(name: str, dtype: torch.dtype, near: float) -> None:
+    torch.manual_seed(0)
+    network = build_network(NetworkSpec(3, 4, name, 4, "group"))
+    images, y = torch.randn(2, 3, 32, 32), torch.randint(0, 4, (2, 32, 32))
+    full = each(network(images))
+    with torch.autocast("cpu", dtype=dtype):
+        outputs = network(images)
+        loss = cross_entropy_sum(outputs, y)
+    for z, exact in zip(each(outputs), full, strict=True):
+        assert z.dtype == dtype
+        assert (z.float() - exact).abs().max() < near * exact.abs().max()
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_odd_size_trains_every_parameter(name: str, norm: str, attention: bool) -> None:
+    network = build_network(NetworkSpec(4, 3, name, 4, norm), attention)
+    torch.stack([z.square().mean() for z in each(network(torch.randn(2, 4, 33, 21)))]).sum().backward()
+    assert [key for key, parameter in network.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_students_of_any_network_share_its_encoder(name: str) -> None:
+    """And the teacher has channel attention at the end of each stage, nobody else any."""
+    torch.manual_seed(0)
+    method = build_method("dctc", NetworkSpec(3, 4, name, 4, "group"), {})
+    for module in method.parts.values():
+        module.eval().requires_grad_(False)
+    images = torch.randn(1, 3, 32, 32)
+    before = method.logits(images)
+    assert not torch.allclose(before["s1"], before["s2"], atol=1e-3)
+    for part, expected in {"encoder": {"s1", "s2", "mean"}, "s2": {"s2", "mean"}, "teacher": {"teacher"}}.items():
+        for parameter in method.parts[part].parameters():
+            parameter.mul_(1.5).add_(0.01)
+        after = method.logits(images)
+        assert {net for net in after if not torch.equal(after[net], before[net])} == expected
+        before = after
+    stages = {"attention_unet": 5}.get(name, 6)
+    placed = {part: sum(isinstance(m, ChannelAttention) for m in net.modules()) for part, net in method.parts.items()}
+    assert placed == {"teacher": stages, "encoder": 0, "s1": 0, "s2": 0}
 
 
 def test_a_run_with_a_small_u2net_and_its_model_file(tmp_path: Path, tiny_dataset: Path) -> None:

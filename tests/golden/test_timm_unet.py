@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from dctc.bundle import Bundle, Description, save_bundle
 from dctc.engine.flops import round_flops
+from dctc.engine.recompute import recompute_blocks
 from dctc.methods import build_method
 from dctc.networks import NetworkSpec, UnavailableBackbone, build_decoder, build_encoder, build_network
 from shards.errors import InputError
@@ -23,21 +25,33 @@ from tests.tiny import run, write_config
 
 
 class Trunk(nn.Module):
-    """What timm makes with ``features_only``: maps at strides 2, 4, 8."""
+    """What timm makes with ``features_only``: maps at strides 2, 4, 8.
 
-    def __init__(self, bands: int) -> None:
+    ``kind``: ``small``; ``normless``, without batch norms; ``fixed``, for images of 24 px alone, as many transformers
+    are; ``last``, with the channels last, as Swin's are.
+    """
+
+    def __init__(self, bands: int, kind: str = "small") -> None:
         super().__init__()
+        self.kind = kind
+        self.rates = torch.linspace(0, 0.1, 3).tolist()  # ConvNeXt's maker reads values back from a tensor
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+            nn.Sequential(
+                nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
+                nn.Identity() if kind == "normless" else nn.BatchNorm2d(outputs),
+                nn.ReLU(),
+            )
             for inputs, outputs in ((bands, 6), (6, 10), (10, 14))
         )
         self.feature_info = SimpleNamespace(channels=lambda: [6, 10, 14], reduction=lambda: [2, 4, 8])
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        if self.kind == "fixed" and images.shape[-2:] != (24, 24):
+            raise AssertionError(f"Input height ({images.shape[-2]}) doesn't match model (24).")
         maps = [self.layers[0](images)]
         for layer in list(self.layers)[1:]:
             maps.append(layer(maps[-1]))
-        return maps
+        return [m.movedim(1, -1) for m in maps] if self.kind == "last" else maps
 
 
 @pytest.fixture
@@ -45,9 +59,9 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> None:
     def create_model(name: str, *, pretrained: bool, features_only: bool, in_chans: int) -> nn.Module:
         assert features_only
         assert not pretrained
-        if name != "small":
+        if name not in ("small", "normless", "fixed", "last"):
             raise RuntimeError(f"Unknown model ({name})")
-        return Trunk(in_chans)
+        return Trunk(in_chans, name)
 
     library: Any = ModuleType("timm")
     library.create_model = create_model
@@ -78,6 +92,53 @@ def test_skips_of_every_scale_reach_the_logits(timm: None) -> None:
     assert all(f.grad is not None and f.grad.abs().sum() > 0 for f in features)
 
 
+@pytest.mark.parametrize(
+    ("backbone", "norm", "words"),
+    [
+        ("fixed", "batch", r"'fixed' does not take images of any size \(Input height .*24.*resnet34"),
+        ("last", "batch", r"'last' makes maps of the shapes .*\(1, 8, 12, 6\).* where .*\(1, 6, 8, 12\).*resnet34"),
+        ("small", "group", r"'small' has batch norms, which network\.norm=group does not replace"),
+    ],
+)
+def test_a_backbone_that_does_not_serve_is_refused(timm: None, backbone: str, norm: str, words: str) -> None:
+    with pytest.raises(UnavailableBackbone, match=words):
+        build_network(spec(backbone=backbone, norm=norm))
+
+
+def test_norms_of_the_trunk(timm: None) -> None:
+    """``sync`` turns them into synchronised ones, and group norm goes with a trunk that has none of its own."""
+    kinds = [type(m) for m in build_encoder(spec(norm="sync")).modules() if isinstance(m, _NormBase)]
+    assert kinds == [nn.SyncBatchNorm] * 3
+    assert build_encoder(spec()).training
+    with torch.no_grad():
+        assert build_network(spec(backbone="normless", norm="group"))(torch.randn(1, 4, 9, 9)).shape == (1, 5, 9, 9)
+
+
+def test_the_trunk_is_recomputed_too(timm: None) -> None:
+    """Values, gradients and running statistics stay what they were."""
+    images = torch.randn(2, 4, 16, 16)
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        network = build_network(spec())
+        if recompute:
+            assert recompute_blocks(network.encoder) == 1
+            assert recompute_blocks(network.decoder) == 2
+        network(images).square().mean().backward()
+        assert all(parameter.grad is not None for parameter in network.parameters())
+        found.append([*(p.grad for p in network.parameters()), *network.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_operations_are_counted_trunk_and_decoder(timm: None) -> None:
+    """Multiplications and additions of each convolution at a tile of 16 px, by hand."""
+    trunk = 2 * 9 * (4 * 6 * 8**2 + 6 * 10 * 4**2 + 10 * 14 * 2**2)
+    first, second = (14 + 10) * 8 + 8 * 8, (8 + 6) * 4 + 4 * 4  # two convolutions a scale
+    forward = trunk + 2 * 9 * (first * 4**2 + second * 8**2) + 2 * 4 * 5 * 8**2
+    of_the_image = 2 * 9 * 4 * 6 * 8**2  # nobody asks for its gradient
+    assert round_flops("supervised", spec(), {}, 1, 0, 16) == 3 * forward - of_the_image
+
+
 def test_dctc_trains_it_and_its_model_file_loads(timm: None, tmp_path: Path) -> None:
     chosen = spec(bands=3, classes=4)
     torch.manual_seed(0)
@@ -86,7 +147,6 @@ def test_dctc_trains_it_and_its_model_file_loads(timm: None, tmp_path: Path) -> 
     labelled, unlabelled = batches(0)
     history = [by_term(run_round(method, run_one, [labelled], [unlabelled], 0)) for _ in range(5)]
     assert history[-1]["teacher"] < history[0]["teacher"]
-    assert round_flops("dctc", chosen, {}, 1, 1, 32) > 0
     classes = [ClassInfo(name=name, color=(0, 0, 0)) for name in "abcd"]
     description = Description("dctc", {}, chosen, ["r", "g", "b"], "uint8", [0.0] * 3, [1.0] * 3, classes, 32, "d")
     save_bundle(tmp_path / "m.safetensors", description, {n: m.state_dict() for n, m in method.parts.items()})
@@ -127,5 +187,16 @@ def test_without_the_library_a_run_says_what_to_install(tmp_path: Path, tiny_dat
     assert done.returncode == 2
     assert "key network.backbone is 'resnet34': network timm_unet needs timm and torchvision" in done.stderr
     assert "Traceback" not in done.stderr
-    with pytest.raises((UnavailableBackbone, InputError)):
+    with pytest.raises(UnavailableBackbone, match=r"needs timm and torchvision .*pip install"):
         build_network(spec())
+
+
+def test_a_model_file_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    description = Description(
+        "supervised", {}, spec(bands=1, classes=1), ["r"], "uint8", [0.0], [1.0],
+        [ClassInfo(name="a", color=(0, 0, 0))], 32, "d",
+    )  # fmt: skip
+    save_bundle(tmp_path / "m.safetensors", description, {"network": {"w": torch.zeros(1)}})
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError, match=r"m\.safetensors: network timm_unet needs timm and torchvision"):
+        Bundle.load(tmp_path / "m.safetensors")

@@ -122,7 +122,10 @@ def test_the_same_tiles_are_watched_whatever_the_layout(dataset: Dataset, tmp_pa
         ("method.sharpen=s3", ("method.sharpen", "'s3'", "none, s1, s2, both")),
         ("method.temperature=2", ("method.temperature", "2")),
         ("method.phase2_start=-1", ("method.phase2_start", "-1")),
-        ("network.name=unett", ("network.name", "'unett'", "unet")),
+        ("network.name=unett", ("network.name", "'unett'", "did you mean 'unet'")),
+        ("network.name=atention_unet", ("network.name", "did you mean 'attention_unet'")),
+        ("network.name=zzz", ("network.name", "attention_unet, timm_unet, u2net, u2net_small, unet")),
+        ("network.backbone=resnet34", ("network.backbone", "unet takes no backbone")),
         ("network.norm=sync", ("network.norm", "batch or group")),
     ],
 )

@@ -51,7 +51,7 @@ def round_flops(
         method = build_method(method_name, spec, options)
     with FakeTensorMode() as mode:
         for module in method.parts.values():
-            module._apply(mode.from_tensor)
+            module._apply(mode.from_tensor)  # type: ignore[no-untyped-call]  # torch has no types here
         method.length = Length(rounds=step, epoch=1)
         labelled = _batch(spec, batch_labelled, tile, method.labelled_needs, labels=True)
         unlabelled = _batch(spec, batch_unlabelled, tile, method.unlabelled_needs, labels=False)

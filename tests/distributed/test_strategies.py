@@ -1,14 +1,15 @@
 """Every strategy trains the same as one process, and each of them goes on from a checkpoint of any other.
 
 The matrix {none, ddp, fsdp2, zero1, zero2, zero3} x {accumulation 1, 4} x {clipping on, off} x {SGD, AdamW} is marked
-``matrix``: `.ci/run` runs all of it for dctc and two combinations for each other method, `make test` one a strategy.
+``matrix``: `.ci/run` runs all of it for dctc, two combinations for each other method and one for dctc on each other
+network, `make test` one a strategy.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -35,14 +36,16 @@ class Case:
     clip: float | None
     accumulation: int
     seed: int = 0
+    network: str = "unet"
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.optimizer}-{self.clip}-{self.accumulation}-{self.seed}"
+        return f"{self.method}-{self.network}-{self.optimizer}-{self.clip}-{self.accumulation}-{self.seed}"
 
     def keys(self, prefix: str) -> str:
         return (
             f"run.name={prefix}-{self.name} run.seed={self.seed} method.name={self.method} run.keep=9 "
+            f"network.name={self.network} "
             f"optimizer.name={self.optimizer} {OPTIMIZERS[self.optimizer]} "
             f"optimizer.clip={self.clip or 'null'} parallel.accumulation={self.accumulation}"
         )
@@ -50,6 +53,7 @@ class Case:
 
 CASES = [Case("dctc", *values) for values in itertools.product(OPTIMIZERS, (None, 0.5), (1, 4))]
 CASES += [Case(method, *values) for method in METHODS for values in (("sgd", 0.5, 4), ("adamw", None, 1))]
+CASES += [Case("dctc", "sgd", 0.5, 4, network=network) for network in ("attention_unet", "u2net_small")]
 
 
 def file_of(strategy: str) -> str:
@@ -113,8 +117,8 @@ def must_equal_one_process(runs: Runs, strategy: str, case: Case) -> None:
     """
     found = []
     for seed in SEEDS:
-        seeded = Case(case.method, case.optimizer, case.clip, case.accumulation, seed)
-        plain = Case(case.method, case.optimizer, case.clip, 1, seed)
+        seeded = replace(case, seed=seed)
+        plain = replace(seeded, accumulation=1)
         found.append(distance(*runs.of("none", [plain]), *runs.of(strategy, [seeded])))
         if found[-1] <= TOLERANCE:
             return

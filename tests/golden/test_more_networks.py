@@ -229,7 +229,7 @@ def test_lower_precision_runs(name: str, dtype: torch.dtype, near: float) -> Non
         assert z.dtype == dtype
         assert (z.float() - exact).abs().max() < near * exact.abs().max()
     assert loss.dtype == torch.float32
-    loss.backward()
+    torch.autograd.backward(loss)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
@@ -238,7 +238,8 @@ def test_lower_precision_runs(name: str, dtype: torch.dtype, near: float) -> Non
 @pytest.mark.parametrize("name", NAMES)
 def test_an_odd_size_trains_every_parameter(name: str, norm: str, attention: bool) -> None:
     network = build_network(NetworkSpec(4, 3, name, 4, norm), attention)
-    torch.stack([z.square().mean() for z in each(network(torch.randn(2, 4, 33, 21)))]).sum().backward()
+    outputs = network(torch.randn(2, 4, 33, 21))
+    torch.autograd.backward(torch.stack([z.square().mean() for z in each(outputs)]).sum())
     assert [key for key, parameter in network.named_parameters() if parameter.grad is None] == []
 
 

@@ -106,6 +106,53 @@ def test_every_method_and_network_counts_and_is_linear_in_the_batch(name: str, n
     assert three == 3 * one > 0
 
 
+def gated_decoder(width: int, size: int) -> int:
+    """Of an Attention U-Net: up by a 3x3 convolution, a gate of three 1x1 ones, two 3x3 ones; a 1x1 head."""
+    total = convolution(width, CLASSES, 1, size)
+    for stage in range(4):
+        outputs, side = width * 2**stage, size // 2**stage
+        inner = outputs // 2
+        total += 2 * convolution(outputs, inner, 1, side) + convolution(inner, 1, 1, side)
+        total += 2 * convolution(2 * outputs, outputs, 3, side) + convolution(outputs, outputs, 3, side)
+    return total
+
+
+def residual(depth: int, inputs: int, inner: int, outputs: int, size: int) -> int:
+    """A residual U-block: all of its convolutions are 3x3. RSU-L has L - 1 scales, RSU-4F (depth 0) one."""
+    levels = depth or 4
+    sides = [size // 2 ** (min(level, levels - 2) if depth else 0) for level in range(levels)]
+    total = convolution(inputs, outputs, 3, size) + convolution(outputs, inner, 3, size)
+    total += sum(convolution(inner, inner, 3, side) for side in sides[1:])
+    total += sum(convolution(2 * inner, inner, 3, side) for side in sides[1:-1])
+    return total + convolution(2 * inner, outputs, 3, size)
+
+
+def u2net(size: int, outer: list[int], inner: list[int], up: list[int], up_inner: list[int]) -> int:
+    """Forward of one image; ``outer`` and ``inner`` channels down, the same up, coarsest first."""
+    depths, sides = [7, 6, 5, 4, 0, 0], [size // 2**stage for stage in range(6)]
+    total = sum(residual(*stage) for stage in zip(depths, [BANDS, *outer], inner, outer, sides, strict=False))
+    below = [outer[-1], *up]
+    for stage, depth in enumerate([0, 4, 5, 6, 7]):
+        scale = 4 - stage
+        total += residual(depth, below[stage] + outer[scale], up_inner[stage], up[stage], sides[scale])
+    total += sum(convolution(c, CLASSES, 3, side) for c, side in zip(below, reversed(sides), strict=True))
+    return total + convolution(6 * CLASSES, CLASSES, 1, size)
+
+
+def test_the_other_networks_by_hand() -> None:
+    """At a 64th of the authors' channels times 16, where every width is whole; deep supervision costs what it costs."""
+    size, width = 64, 16
+    forwards = {
+        "attention_unet": (encoder(width, size) + gated_decoder(width, size), width),
+        "u2net": (u2net(size, [16, 32, 64, 128, 128, 128], [8, 8, 16, 32, 64, 64], [128, 64, 32, 16, 16],
+                        [64, 32, 16, 8, 4]), 16),
+        "u2net_small": (u2net(size, [16] * 6, [4] * 6, [16] * 5, [4] * 5), 16),
+    }  # fmt: skip
+    for name, (forward, first) in forwards.items():
+        found = round_flops("supervised", NetworkSpec(BANDS, CLASSES, name, width), {}, 2, 0, size)
+        assert found == 2 * trained(forward, first, size), name
+
+
 def test_norms_cost_nothing_and_sync_is_counted_without_a_gpu() -> None:
     values = {n: round_flops("supervised", NetworkSpec(BANDS, CLASSES, width=4, norm=n), {}, 1, 1, 32)
               for n in ("batch", "sync", "group")}  # fmt: skip

@@ -94,7 +94,7 @@ def start(*arguments: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=280,
         cwd="/",
         env=environment | {"OMP_NUM_THREADS": "1"},
     )

@@ -46,7 +46,9 @@ def write_config(path: Path, dataset: Path, method: str = "dctc", **sections: di
     return path
 
 
-def run(command: str, *arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    command: str, *arguments: object, check: bool = True, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command of this environment from the repository's root."""
     done = subprocess.run(
         [str(SCRIPTS / command), *map(str, arguments)],
@@ -54,7 +56,7 @@ def run(command: str, *arguments: object, check: bool = True, **environment: str
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
     if check and done.returncode:

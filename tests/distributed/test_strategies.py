@@ -75,7 +75,8 @@ class Runs:
         processes = [] if strategy == "none" else ["--num_processes", "2"]
         run(
             "accelerate", "launch", "--config_file", file, *processes,
-            "tests/distributed/matrix.py", self.config, *keys, ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT),
+            "tests/distributed/matrix.py", self.config, *keys, timeout=1500, ACCELERATE_USE_CPU="true",
+            PYTHONPATH=str(ROOT),
         )  # fmt: skip
 
     def of(self, strategy: str, cases: list[Case]) -> list[Path]:

@@ -271,10 +271,13 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"valid are {', '.join(sorted(known))}"
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), between: Sequence[tuple[str, Sequence[str]]] = ()
+) -> Config:
     """Read a run's configuration.
 
-    Later wins: the files it ``extends`` (in order), the file itself, the ``key.sub=value`` overrides.
+    Later wins: the files it ``extends`` (in order), the file itself, the ``key.sub=value`` overrides. ``between`` the
+    two stand further overrides, each list with the name of the file that has them.
 
     Raises:
         InputError: naming file or command line, key, and the nearest valid name.
@@ -283,8 +286,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     origins: dict[str, str] = {}
     for source, values in _layers(Path(path), ()):
         _merge(merged, values, source, origins)
-    for text in overrides:
-        _merge(merged, parse_override(text), COMMAND_LINE, origins)
+    for source, texts in [*between, (COMMAND_LINE, overrides)]:
+        for text in texts:
+            _merge(merged, parse_override(text), source, origins)
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -308,7 +312,7 @@ def parse_override(text: str) -> dict[str, Any]:
 def _layers(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.resolve() in seen:
         raise InputError(f"{path}: extends itself, by way of {' -> '.join(str(p) for p in seen)}")
-    values = _read(path)
+    values = read_mapping(path)
     bases = values.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -318,15 +322,16 @@ def _layers(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, dict[str,
     yield str(path), values
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, what: str = "configuration", of: str = "sections") -> dict[str, Any]:
+    """A YAML file whose top is a mapping; ``what`` and ``of`` are the words for it in errors (:class:`InputError`)."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise InputError(f"{path}: cannot read this configuration ({error.strerror})") from None
+        raise InputError(f"{path}: cannot read this {what} ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path}: a configuration is a mapping of sections, this is {type(values).__name__}")
+        raise InputError(f"{path}: a {what} is a mapping of {of}, this is {type(values).__name__}")
     return values
 
 

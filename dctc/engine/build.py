@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from dctc.engine.watch import Watch
 from dctc.evaluation.evaluate import peak_memory_gib
 from dctc.methods import Method, OptionError, build_method, parse_options
 from dctc.methods.base import Length
-from dctc.networks import NetworkSpec, UnavailableBackbone, UnknownNetwork
+from dctc.networks import NetworkSpec, UnavailableBackbone, UnknownNetwork, build_network
 from shards.errors import InputError
 from shards.index import Index
 from shards.manifest import Dataset
@@ -318,9 +319,21 @@ def _make_ready(modules: Sequence[nn.Module], config: Config) -> None:
             module.compile(mode=None if config.parallel.compile == "default" else config.parallel.compile)
 
 
+def check_network(config: Config, dataset: Dataset) -> None:
+    """Raises :class:`InputError` where the network cannot be built; it is made for that and let go."""
+    with _keys_named(config):
+        build_network(_network_spec(config, dataset))
+
+
 def _method(config: Config, dataset: Dataset, parallel: Parallel) -> Method:
-    try:
+    with _keys_named(config):
         return build_method(config.method.name, _network_spec(config, dataset, parallel), config.method.options)
+
+
+@contextmanager
+def _keys_named(config: Config) -> Iterator[None]:
+    try:
+        yield
     except UnknownNetwork as error:
         name = config.network.name
         raise InputError(f"key network.name: unknown network {name!r}; {nearest(name, error.known)}") from None

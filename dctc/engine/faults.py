@@ -23,6 +23,7 @@ from dctc.engine.checkpoint import CheckpointError
 from dctc.engine.parallel import Parallel
 from shards.errors import InputError
 
+LAUNCHER = "DCTC_LAUNCHER"  # the process id of another one that starts runs, and with which they are to end
 LOCK = ".lock"
 # Seconds that an earlier run in the same folder has to end. NFS keeps the lock of a dead machine for about 90.
 LOCK_WAIT = float(os.environ.get("DCTC_LOCK_WAIT", "120"))
@@ -38,7 +39,8 @@ def end_with_launcher() -> None:
     parent = psutil.Process().parent()
     if parent is None or not sys.platform.startswith("linux"):
         return
-    launched = "TORCHELASTIC_RUN_ID" in os.environ or any("accelerate" in word for word in parent.cmdline())
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get(LAUNCHER) == str(parent.pid)
+    launched = launched or any("accelerate" in word for word in parent.cmdline())
     if launched:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent.pid:  # it died in between

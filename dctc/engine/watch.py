@@ -130,6 +130,7 @@ class Watch:
             "headline": self.method.headline,
             "tested": tested,
             "test": None if evaluation is None else evaluation.as_record(),
+            "dataset": self.dataset.digest,
             "strategy": self.parallel.strategy,
             "world_size": self.parallel.world,
             "device": str(self.parallel.device),

@@ -15,22 +15,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dctc.config import Config, Share, load_config, nearest
-from dctc.engine.build import resolve, run_folder
-from dctc.networks import network_names
+from dctc.config import COMMAND_LINE, Config, NetworkConfig, Share, load_config, nearest, parse_override, read_mapping
+from dctc.engine.build import check_network, resolve, run_folder
 from shards.errors import InputError
 from shards.manifest import Dataset, parse_share
 
 Settings = dict[str, Any]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# What the sweep says of each run, and where it says so.
+OWN = {"data.labelled_share": "shares", "run.seed": "seeds", "run.name": "name and row"}
 
 
 class _Record(BaseModel):
@@ -42,8 +42,8 @@ class Row(_Record):
 
     row: Annotated[str, Field(min_length=1)]
     config: str
-    shares: list[Share] | None = None
-    seeds: list[Seed] | None = None
+    shares: Annotated[list[Share], Field(min_length=1)] | None = None
+    seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
     settings: Settings = Field(default={}, alias="set")
 
 
@@ -52,7 +52,7 @@ class SweepFile(_Record):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
-    shares: list[Share] | None = None
+    shares: Annotated[list[Share], Field(min_length=1)] | None = None
     settings: Settings = Field(default={}, alias="set")
     rows: Annotated[list[Row], Field(min_length=1)]
 
@@ -63,12 +63,14 @@ class PlannedRun:
 
     Attributes:
         config: the configuration, with everything that the sweep sets.
+        dataset: digest of the dataset's manifest.
         file, overrides: what the trainer is started with for it.
         folder: where it will live.
     """
 
     row: str
     config: Config
+    dataset: str
     file: Path
     overrides: tuple[str, ...]
     folder: Path
@@ -81,11 +83,15 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep and its runs, in the order of the rows, then the shares, then the seeds."""
+    """A sweep and its runs, in the order of the rows, then the shares, then the seeds.
+
+    ``overrides`` are those of the command line.
+    """
 
     name: str
     file: Path
     runs: tuple[PlannedRun, ...]
+    overrides: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -108,35 +114,32 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     """
     plan = _read(path)
     runs: list[PlannedRun] = []
-    datasets: dict[str, Dataset] = {}
+    known = _Known()
+    _must_leave(overrides, COMMAND_LINE)
     for row in plan.rows:
         try:
-            runs += _runs(plan, row, path, overrides, datasets)
+            runs += _runs(plan, row, path, overrides, known)
         except InputError as error:
             raise InputError(f"{path}: row {row.row!r}: {error.message}") from None
-    if len(digests := {dataset.digest for dataset in datasets.values()}) > 1:
+    if len(digests := {run.dataset for run in runs}) > 1:
         raise InputError(
-            f"{path}: its rows have {len(digests)} datasets ({', '.join(datasets)}); make a sweep for each"
+            f"{path}: its rows have {len(digests)} datasets ({', '.join(known.datasets)}); make a sweep for each"
         )
     if len({run.config.run.experiment for run in runs}) > 1:
         raise InputError(f"{path}: its rows have several run.experiment; make a sweep for each")
     seen: set[Path] = set()
     for run in runs:
         if run.folder in seen:
-            raise InputError(f"{path}: two runs are {run.title}: give their rows different names")
+            raise InputError(
+                f"{path}: two runs are {run.title}, both in {run.folder}: a share or a seed stands twice, or "
+                "rows have names that differ in punctuation alone"
+            )
         seen.add(run.folder)
-    return Sweep(plan.name, path, tuple(runs))
+    return Sweep(plan.name, path, tuple(runs), tuple(overrides))
 
 
 def _read(path: Path) -> SweepFile:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot read this sweep ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: a sweep is a mapping with name and rows, this is {type(values).__name__}")
+    values = read_mapping(path, "sweep", "name, seeds, shares, set and rows")
     try:
         return SweepFile.model_validate(values)
     except ValidationError as error:
@@ -155,31 +158,60 @@ def _explain(item: Mapping[str, Any], path: Path) -> str:
     return f"{path}: key {key} is {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
 
 
-def _runs(
-    plan: SweepFile, row: Row, path: Path, overrides: Sequence[str], datasets: dict[str, Dataset]
-) -> Iterator[PlannedRun]:
+class _Known:
+    """What several runs share and is looked at once."""
+
+    def __init__(self) -> None:
+        self.datasets: dict[str, Dataset] = {}
+        self._networks: set[tuple[NetworkConfig, str]] = set()
+
+    def dataset(self, config: Config) -> Dataset:
+        """The dataset of a run."""
+        place = str(config.data.dataset)
+        if place not in self.datasets:
+            self.datasets[place] = Dataset.open(config.data.dataset, config.data.cache_settings)
+        return self.datasets[place]
+
+    def check_network(self, config: Config, dataset: Dataset) -> None:
+        """Raises :class:`InputError` where it cannot be built."""
+        key = (config.network, dataset.digest)
+        if key not in self._networks:
+            check_network(config, dataset)
+            self._networks.add(key)
+
+
+def _runs(plan: SweepFile, row: Row, path: Path, overrides: Sequence[str], known: _Known) -> Iterator[PlannedRun]:
     file = path.parent / row.config
-    settings = [f"{key}={json.dumps(value)}" for key, value in {**plan.settings, **row.settings}.items()]
-    shares = row.shares or plan.shares or [load_config(file, [*settings, *overrides]).data.labelled_share]
+    said = [*plan.settings.items(), *row.settings.items()]
+    settings = [f"{key}={json.dumps(value, default=str)}" for key, value in said]
+    here = ("set", settings)
+    _must_leave(settings, "set")
+    shares = row.shares or plan.shares or [load_config(file, overrides, [here]).data.labelled_share]
     for share in shares:
         for seed in row.seeds or plan.seeds:
-            label = re.sub(r"[^A-Za-z0-9+._-]+", "-", row.row).strip("-").lower()
+            label = re.sub(r"[^\w+.-]+", "-", row.row).strip("-").lower()
             name = f"{plan.name}-{label}-{share}-s{seed}"
             own = [f"data.labelled_share={share}", f"run.seed={seed}", f"run.name={json.dumps(name)}"]
             own.append(f"tracking.tags={json.dumps({'sweep': plan.name, 'row': row.row})}")
-            chosen = [*settings, *overrides, *own]
-            config = resolve(load_config(file, chosen))
-            if config.network.name not in network_names():
-                hint = nearest(config.network.name, network_names())
-                raise InputError(f"key network.name: unknown network {config.network.name!r}; {hint}")
-            dataset = datasets.setdefault(
-                str(config.data.dataset), Dataset.open(config.data.dataset, config.data.cache_settings)
-            )
+            config = resolve(load_config(file, [*overrides, *own], [here]))
+            dataset = known.dataset(config)
             _must_have(dataset, config)
+            known.check_network(config, dataset)
             experiment = config.run.experiment or f"{dataset.manifest.name}-{dataset.manifest.protocol}"
-            chosen.append(f"run.experiment={json.dumps(experiment)}")
-            config = resolve(load_config(file, chosen))
-            yield PlannedRun(row.row, config, file, tuple(chosen), run_folder(config, dataset))
+            own.append(f"run.experiment={json.dumps(experiment)}")
+            config = resolve(load_config(file, [*overrides, *own], [here]))
+            chosen = (*settings, *overrides, *own)
+            yield PlannedRun(row.row, config, dataset.digest, file, chosen, run_folder(config, dataset))
+
+
+def _must_leave(overrides: Iterable[str], source: str) -> None:
+    """Raises :class:`InputError` for a setting that the sweep itself makes, or what is said there would be lost."""
+    for text in overrides:
+        nested = parse_override(text)
+        for key, place in OWN.items():
+            section, _, last = key.partition(".")
+            if isinstance(nested.get(section), Mapping) and last in nested[section]:
+                raise InputError(f"{source}: key {key}: a sweep sets it for each run, from its {place}: write it there")
 
 
 def _must_have(dataset: Dataset, config: Config) -> None:

@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+import psutil
 import yaml
 
 from dctc.config import load_config
-from dctc.engine.preempt import EXIT_PREEMPTED
+from dctc.engine.faults import LAUNCHER
+from dctc.engine.preempt import EXIT_PREEMPTED, SIGNALS
 from dctc.sweep.plan import PlannedRun, Sweep
 from dctc.tracking.parent import PARENT_TAG, ParentRun
 from dctc.tracking.run import resolve_uri
+from shards.errors import InputError
 
 LOG = "train.log"
 POLL = 0.2  # seconds
@@ -50,12 +53,17 @@ class SweepRunner:
         self.sweep, self.command, self.show, self.jobs, self.gpus = sweep, command, show, jobs, gpus
         self.failed: list[PlannedRun] = []
         self._children: list[_Child] = []
-        self._stopping = False
+        self._stopping = False  # no further run begins
+        self._asked = False  # by Ctrl-C
         self._parent: ParentRun | None = None
 
     def __call__(self) -> int:
-        """Run what is not finished; returns the exit code: 0, 1 when some failed, 75 when it was asked to stop."""
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Run what is not finished; returns the exit code: 0, 1 when some failed, 75 when it was asked to stop.
+
+        Raises:
+            InputError: its folder cannot be made, or ``tracking.uri`` names no server; nothing has run then.
+        """
+        before = {number: signal.signal(number, self._stop) for number in SIGNALS}
         try:
             self._open_parent()
             waiting = deque(enumerate(self.sweep.runs, 1))
@@ -66,28 +74,35 @@ class SweepRunner:
                 time.sleep(POLL if self._children else 0)
             return self._end()
         finally:
+            self._signal(signal.SIGTERM)  # after an error of this process: they save and end
             for number, handler in before.items():
                 signal.signal(number, handler)
-            for child in self._children:  # an error of this process: none of them is left behind
-                child.process.kill()
 
     def _open_parent(self) -> None:
         sweep, first = self.sweep, self.sweep.runs[0].config
-        sweep.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            sweep.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{sweep.folder}: cannot make the sweep's folder ({error.strerror})") from None
         if not first.tracking.enabled:
             return
-        params = {"runs": len(sweep.runs), "rows": ", ".join(dict.fromkeys(run.row for run in sweep.runs))}
+        params = {
+            "rows": _unique([run.row for run in sweep.runs]),
+            "shares": _unique([str(run.config.data.labelled_share) for run in sweep.runs]),
+            "seeds": _unique([str(run.config.run.seed) for run in sweep.runs]),
+            "runs": len(sweep.runs),
+            "overrides": " ".join(sweep.overrides),
+        }
         uri = resolve_uri(first.tracking.uri, first.run.output)
         self._parent = ParentRun(sweep.folder, uri, (sweep.experiment, sweep.name), params, sweep.file)
 
     def _begin(self, number: int, run: PlannedRun) -> None:
         if is_done(run):
+            if self._parent is not None:
+                self._parent.adopt(run.folder)
             self._tell(number, f"{run.title}: {_score(run)} (was finished)")
             return
         slot = next(slot for slot in range(self.jobs) if slot not in {child.slot for child in self._children})
-        environment = dict(os.environ)
-        if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = _visible()[slot]
         tags = dict(run.config.tracking.tags)
         if self._parent is not None and self._parent.run_id is not None:
             tags[PARENT_TAG] = self._parent.run_id
@@ -98,15 +113,26 @@ class SweepRunner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=self._environment(slot),
                 start_new_session=True,  # Ctrl-C comes to it through this process, once
             )
+        self._tell(number, f"{run.title}: begins, see {run.folder / LOG}")
         self._children.append(_Child(number, run, slot, process))
+        if self._stopping:  # the signal came before it could be told
+            self._signal(signal.SIGTERM)
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        environment = os.environ | {LAUNCHER: str(os.getpid())}
+        if self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = _visible()[slot]
+        if self.jobs > 1:  # each would take all cores
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.jobs)))
+        return environment
 
     def _reap(self) -> None:
         for child in list(self._children):
             status = child.process.poll()
-            if status is None:
+            if status is None or (self._stopping and _lives(child.process.pid)):
                 continue
             self._children.remove(child)
             seconds = time.monotonic() - child.started
@@ -120,7 +146,8 @@ class SweepRunner:
                 self._signal(signal.SIGTERM)
             else:
                 self.failed.append(child.run)
-                self._tell(child.number, f"{child.run.title}: FAILED with exit code {status}, {seconds:.0f} s")
+                how = f"with exit code {status}" if status > 0 else f"by signal {-status} ({signal.strsignal(-status)})"
+                self._tell(child.number, f"{child.run.title}: FAILED {how}, {seconds:.0f} s")
 
     def _end(self) -> int:
         for run in self.failed:
@@ -136,9 +163,10 @@ class SweepRunner:
         self.show(f"[{number}/{len(self.sweep.runs)}] {text}")
 
     def _stop(self, number: int, _: FrameType | None) -> None:
-        """The first signal asks the runs to save and end, the second one ends them."""
-        self._signal(signal.SIGKILL if self._stopping else signal.SIGTERM)
+        """Asks the runs to save and end; the second Ctrl-C ends them."""
+        self._signal(signal.SIGKILL if number == signal.SIGINT and self._asked else signal.SIGTERM)
         self._stopping = True
+        self._asked |= number == signal.SIGINT
 
     def _signal(self, number: int) -> None:
         for child in self._children:
@@ -149,16 +177,19 @@ class SweepRunner:
 
 
 def is_done(run: PlannedRun) -> bool:
-    """Whether the run is finished with these very settings, its test and report written.
+    """Whether the run is finished with this very dataset and these settings, its test and report written.
 
-    One with other settings is started, and the trainer says which keys differ.
+    Its checkpoints need not be there any more. One with other settings is started, and the trainer says what differs.
     """
     report, settings = _report(run), run.folder / "config.yaml"
-    if report is None or not settings.exists():
+    if report is None or report.get("dataset") != run.dataset:
         return False
-    written = load_config(settings).result_settings()
+    try:
+        written = load_config(settings).result_settings()
+        known = yaml.safe_load(settings.read_text())["precision"]["dtype"]  # `auto` was settled on the device
+    except (InputError, KeyError):  # of another version
+        return False
     planned = run.config.result_settings()
-    known = yaml.safe_load(settings.read_text())["precision"]["dtype"]  # `auto` was settled on the device
     planned["precision.dtype"] = known if run.config.precision.dtype == "auto" else planned["precision.dtype"]
     return written == planned and bool(report["tested"] >= run.config.evaluation.test)
 
@@ -177,6 +208,21 @@ def _score(run: PlannedRun) -> str:
     if not isinstance(test, dict):
         return "no test"
     return f"test mIoU {100 * test['nets'][headline]['scores']['miou']:.1f} ({headline})"
+
+
+def _lives(group: int) -> bool:
+    """Whether a process of the group is left: ranks may end after the launcher that leads it."""
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return True
+        except ProcessLookupError:
+            continue
+    return False
+
+
+def _unique(words: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(words))
 
 
 def _visible() -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dctc.tracking.remote import Event, RemoteRun, RunSettings, shown
+from dctc.tracking.delivery import PENDING
+from dctc.tracking.remote import IDENTITY, Event, RemoteRun, RunSettings, load_mlflow, shown
+from dctc.tracking.start import send_late
 
 PARENT_TAG = "mlflow.parentRunId"
 
@@ -22,13 +25,35 @@ class ParentRun:
         """Make or find it, with ``file`` as its artifact. ``names``: experiment and sweep."""
         settings = RunSettings(folder, *names, uri, {"sweep": names[1], "kind": "sweep"}, params, started=time.time())
         self.run_id: str | None = None
+        self._uri = uri
         self._remote = RemoteRun(settings, reopen=True)
         try:
             self._remote.connect()
             self._remote.send(Event("artifact", time.time(), file=str(file.resolve())))
             self.run_id = self._remote.run_id
         except Exception as error:  # whatever MLflow or the network raises
-            print(f"warning: MLflow at {shown(uri)} does not answer ({type(error).__name__}): the runs have no parent")
+            print(f"warning: MLflow at {shown(uri)} has no parent for the runs, which go on without ({_reason(error)})")
+
+    def adopt(self, folder: Path) -> None:
+        """Put a run that is finished under this one; what MLflow has not got of it is sent first.
+
+        Runs that went on while the server was away, or under a parent that was deleted since, are found so.
+        """
+        if self.run_id is None:
+            return
+        if (folder / PENDING).exists():
+            send_late(folder)
+        if not (folder / IDENTITY).exists():
+            return
+        known = json.loads((folder / IDENTITY).read_text())
+        if known["run_id"] is None or known["tracking_uri"] != self._uri:
+            return
+        try:
+            client = load_mlflow()(tracking_uri=self._uri)
+            if client.get_run(known["run_id"]).data.tags.get(PARENT_TAG) != self.run_id:
+                client.set_tag(known["run_id"], PARENT_TAG, self.run_id)
+        except Exception as error:
+            print(f"warning: MLflow does not put {folder} under its parent ({_reason(error)})")
 
     def finish(self, status: str) -> None:
         """FINISHED, FAILED or KILLED."""
@@ -37,4 +62,9 @@ class ParentRun:
         try:
             self._remote.send(Event("status", time.time(), status=status))
         except Exception as error:
-            print(f"warning: MLflow does not take the sweep's end ({type(error).__name__})")
+            print(f"warning: MLflow does not take the sweep's end ({_reason(error)})")
+
+
+def _reason(error: Exception) -> str:
+    """One short line."""
+    return shown(" ".join(f"{type(error).__name__}: {error}".split())[:200])

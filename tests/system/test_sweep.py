@@ -10,7 +10,11 @@ import psutil
 import pytest
 import yaml
 from mlflow.tracking import MlflowClient
+from typer.testing import CliRunner
 
+from dctc.cli import app
+from dctc.config import load_config
+from dctc.engine.build import resolve
 from dctc.sweep.plan import load_sweep
 from shards.errors import InputError
 from tests.tiny import run, start, write_config
@@ -41,12 +45,20 @@ def write(folder: Path, **keys: Any) -> Path:
     return path
 
 
+def dry_run(sweep: Path, *overrides: str) -> list[str]:
+    return (
+        CliRunner()
+        .invoke(app, ["sweep", str(sweep), *overrides, "--dry-run"], catch_exceptions=False)
+        .output.splitlines()
+    )
+
+
 @pytest.mark.slow
 def test_a_sweep_is_stopped_goes_on_and_leaves_a_failed_run_behind(configs: Path) -> None:
     broken = {"row": "broken", "config": "cps.yaml", "shares": ["1/2"], "set": {"optimizer.lr": 1e30}}
     rows = [{"row": "U-Net", "config": "supervised.yaml", "shares": [1]}, broken, {"row": "CPS", "config": "cps.yaml"}]
     sweep = write(configs, rows=rows)
-    dry = run("dctc", "sweep", sweep, "--dry-run").stdout.splitlines()
+    dry = dry_run(sweep)
     assert [line.split(":")[0] for line in dry] == [
         "[1/4] U-Net 1 seed 0", "[2/4] broken 1/2 seed 0", "[3/4] CPS 1/4 seed 0", "[4/4] CPS 1/2 seed 0",
     ]  # fmt: skip
@@ -62,13 +74,13 @@ def test_a_sweep_is_stopped_goes_on_and_leaves_a_failed_run_behind(configs: Path
 
     done = run("dctc", "sweep", sweep, "schedule.rounds=4", check=False)
     assert done.returncode == 1
-    lines = done.stdout.splitlines()
+    lines = [line for line in done.stdout.splitlines() if "begins" not in line]
     assert lines[0].startswith("[1/4] U-Net 1 seed 0: test mIoU ")
     assert lines[1].startswith("[2/4] broken 1/2 seed 0: FAILED with exit code 1")
     assert lines[3].startswith("[4/4] CPS 1/2 seed 0: test mIoU ")
     assert f"failed: broken 1/2 seed 0, {runs / 'table-broken-1_2-s0' / 'train.log'} ends with" in lines
     assert "is not finite" in done.stdout
-    dry = run("dctc", "sweep", sweep, "schedule.rounds=4", "--dry-run").stdout.splitlines()
+    dry = dry_run(sweep, "schedule.rounds=4")
     assert [line.rpartition(" ")[2] for line in dry] == ["finished", "begun", "finished", "finished"]
 
     client = MlflowClient(f"sqlite:///{configs}/mlflow.db")
@@ -93,14 +105,22 @@ def test_a_sweep_is_stopped_goes_on_and_leaves_a_failed_run_behind(configs: Path
         ({"rows": [{"row": "a", "config": "cps.yaml", "share": [1]}]}, "unknown key rows.0.share; did you mean"),
         ({"rows": [{"row": "a"}]}, "key rows.0.config is missing"),
         ({"rows": []}, r"key rows is \[\]"),
+        ({"shares": []}, r"key shares is \[\]"),
+        ({"rows": [{"row": "a", "config": "cps.yaml", "seeds": []}]}, r"key rows.0.seeds is \[\]"),
         ({"name": "a/b"}, "key name is 'a/b'"),
         ({"rows": [{"row": "a", "config": "none.yaml"}]}, "row 'a': .*none.yaml: cannot read this configuration"),
         ({"set": {"method.name": "cpss"}}, "row 'U-Net': key method.name: unknown method 'cpss'; did you mean 'cps'"),
+        ({"set": {"schedul.rounds": 3}}, "row 'U-Net': set: unknown key schedul; did you mean 'schedule'"),
+        ({"set": {"schedule": {"round": 3}}}, "set: unknown key schedule.round; did you mean 'rounds'"),
+        ({"set": {"run.seed": 3}}, "set: key run.seed: a sweep sets it for each run, from its seeds"),
+        ({"set": {"run": {"name": "x"}}}, "set: key run.name: a sweep sets it for each run, from its name and row"),
+        ({"set": {"network.name": "timm_unet", "network.backbone": "x"}}, "key network.backbone is 'x': .*timm"),
         ({"set": {"network.name": "unnet"}}, "key network.name: unknown network 'unnet'; did you mean 'unet'"),
         ({"set": {"method.wait": 1}}, "method supervised has no option 'wait'"),
         ({"shares": ["1/3"]}, "row 'CPS': share 1/3 is not one of .*labelled.shares of the recipe"),
         ({"shares": ["0"]}, "key shares.0 is '0'"),
         ({"rows": [{"row": "a b", "config": "cps.yaml"}, {"row": "a  b", "config": "cps.yaml"}]}, "two runs are a  b"),
+        ({"shares": ["1/2", "50%"]}, "two runs are CPS 1/2 seed 0, .*a share or a seed stands twice"),
     ],
 )
 def test_bad_sweeps_are_refused_before_anything_runs(configs: Path, keys: dict[str, Any], words: str) -> None:
@@ -118,6 +138,23 @@ def test_rows_win_over_the_sweep_and_the_command_line_over_both(configs: Path) -
     assert first.tracking.tags == {"sweep": "table", "row": "a"}
     assert load_sweep(sweep, ["schedule.rounds=7"]).runs[0].config.schedule.rounds == 7
     assert len(load_sweep(sweep).runs) == 4
+
+
+def test_settings_of_a_sweep_are_read_as_those_of_a_config(configs: Path) -> None:
+    rows = [{"row": "Größe 1", "config": "cps.yaml", "set": {"method": {"weight": "VALUE"}}}]
+    sweep = write(configs, set={"tracking.tags": {"mine": "1"}, "run.experiment": "DAY"}, rows=rows)
+    sweep.write_text(sweep.read_text().replace("VALUE", "1e-1").replace("DAY", "2026-11-26"))  # neither is text in YAML
+    run = load_sweep(sweep).runs[0]
+    assert run.config.method.options["weight"] == 0.1
+    assert run.config.tracking.tags == {"mine": "1", "sweep": "table", "row": "Größe 1"}
+    assert run.folder == configs / "runs" / "2026-11-26" / "table-größe-1-1_4-s0"
+    assert resolve(load_config(run.file, run.overrides)) == run.config, "the trainer reads something else"
+
+
+@pytest.mark.parametrize("override", ["run.seed=3", "run.name=x", "data={labelled_share: 1}"])
+def test_what_the_sweep_sets_itself_is_no_override(configs: Path, override: str) -> None:
+    with pytest.raises(InputError, match=r"command line: key .*: a sweep sets it for each run"):
+        load_sweep(write(configs), [override])
 
 
 def test_bad_input_is_one_message(configs: Path) -> None:

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": set(),
     "machine": set(),
     "terminal": set(),
-    "sweep": {"config", "engine", "networks", "tracking"},
+    "sweep": {"config", "engine", "tracking"},
     "tracking": {"config"},
     "train": {"bundle", "config", "data", "engine", "evaluation", "methods", "networks", "tracking"},
 }

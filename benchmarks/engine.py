@@ -337,7 +337,7 @@ def main() -> int:
     torch.set_num_threads(1)
     emit = Report()
     emit(f"command: python benchmarks/engine.py {' '.join(sys.argv[1:])}".rstrip())
-    load = "%.1f %.1f %.1f" % os.getloadavg()  # noqa: UP031  # short
+    load = " ".join(f"{mean:.1f}" for mean in os.getloadavg())
     emit(
         f"date {time.strftime('%Y-%m-%d')}, {os.cpu_count()} CPU cores ({platform.machine()}), load {load} at the start"
     )

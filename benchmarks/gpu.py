@@ -88,7 +88,7 @@ def describe(device: torch.device, emit: Report) -> None:
     ]
     parts.append(f"numpy {np.__version__}")
     if device.type == "cuda":
-        parts += [f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}"]  # type: ignore[no-untyped-call]
+        parts += [f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}"]  # type: ignore[no-untyped-call]  # no types
         parts.append(f"{torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB")
     emit(f"{device_name(device)} | {', '.join(parts)} | {platform.machine()}, {os.cpu_count()} CPU cores")
 

@@ -212,7 +212,7 @@ def time_rounds(run: Callable[[int], object], device: torch.device, warm: int, r
     now = time.perf_counter()
     rounds = max(min(rounds, 3), min(rounds, int(limit / max(now - last, 1e-9))))
     if device.type == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]  # type: ignore[no-untyped-call]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]  # type: ignore[no-untyped-call]  # no types
         marks[0].record()
         for step, mark in enumerate(marks[1:]):
             run(warm + step)

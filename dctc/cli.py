@@ -170,10 +170,12 @@ def train(
     Example: dctc train configs/synthetic/dctc.yaml data.labelled_share=1/8
     """
     settings = [str(config), *(overrides or [])]
+    from dctc.machine import launcher
+
     if find:
         from dctc.batch_size import Search, find_batch_size
 
-        start, world = _launcher(launch)
+        start, world = launcher(launch)
         find_batch_size(
             Search(config, overrides or [], [sys.executable, *start], world), lambda line: out.print(line, markup=False)
         )
@@ -182,7 +184,7 @@ def train(
         from dctc.train import command
 
         raise typer.Exit(command(settings))
-    start, _ = _launcher(launch)
+    start, _ = launcher(launch)
     os.execv(sys.executable, [sys.executable, *start, *settings])  # signals then reach the launcher itself
 
 
@@ -203,6 +205,7 @@ def sweep(
     """
     import torch
 
+    from dctc.machine import launcher
     from dctc.sweep.plan import load_sweep
     from dctc.sweep.run import SweepRunner, is_done
 
@@ -220,7 +223,7 @@ def sweep(
     gpus = torch.cuda.device_count() if launch is None else 0
     if gpus and jobs is not None and jobs > gpus:
         raise InputError(f"--jobs {jobs}: this machine has {gpus} GPU(s), and each run gets one")
-    start, _ = _launcher(launch)
+    start, _ = launcher(launch)
     runner = SweepRunner(
         plan, [sys.executable, *start], lambda line: out.print(line, markup=False), jobs or max(1, gpus), gpus > 0
     )
@@ -330,44 +333,30 @@ def compare(
     from dctc.tracking import paper
     from dctc.tracking.compare import compare as tables_of
     from dctc.tracking.compare import compare_classes
+    from dctc.tracking.report import Files
     from dctc.tracking.run import resolve_uri
-    from dctc.tracking.tables import terminal_table, write_csv, write_markdown
+    from dctc.tracking.tables import terminal_table
 
-    files = {"page": report, "cells": csv, "tables": markdown, "figure": figure}
     if beside not in (None, *paper.DATASETS):
         raise InputError(f"--paper {beside}: the paper has {', '.join(paper.DATASETS)}")
     if of is not None and number != 2:
         raise InputError(f"--of {of}: is for --table 2, which has a table for each row")
     if metric != "miou" and number == 2:
         raise InputError(f"--metric {metric}: --table 2 has the IoU of each class")
-    for path in files.values():
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"{path}: there is no folder {path.parent}")
+    files = Files(report, csv, markdown, figure)
+    files.check()
     server = resolve_uri(uri, runs)
     comparisons = tables_of(server, experiment, rows=rows, cols=cols, metric=metric, sweep=sweep, beside=beside)
-    chosen = comparisons
-    if number == 2:
-        chosen = compare_classes(server, experiment, rows, cols, sweep, beside, of)
-        if not chosen:
-            raise InputError(f"experiment {comparisons[0].experiment!r}: no finished run has test scores by class")
+    classes = []
+    if number == 2 or report is not None:
+        classes = compare_classes(server, experiment, rows, cols, sweep, beside, of)
+    if number == 2 and not classes:
+        raise InputError(f"experiment {comparisons[0].experiment!r}: no finished run has test scores by class")
+    chosen = classes if number == 2 else comparisons
     for comparison in chosen:
         out.print(terminal_table(comparison))
-    if csv is not None:
-        write_csv(chosen, csv)
-    if markdown is not None:
-        write_markdown(chosen, markdown)
-    if figure is not None:
-        from dctc.tracking.charts import write_figure6
-
-        write_figure6(comparisons, figure)
-    if report is not None:
-        from dctc.tracking.report import write_report
-
-        classes = compare_classes(server, experiment, rows, cols, sweep, beside, of)
-        write_report(server, comparisons, classes, report)
-    for what, path in files.items():
-        if path is not None:
-            out.print(f"{what} in {path}", markup=False)
+    for line in files.write(server, comparisons, classes, chosen):
+        out.print(line, markup=False)
 
 
 @app.command()
@@ -388,32 +377,6 @@ def doctor(as_json: AsJson = False) -> None:
     out.print(table)
     for advice in findings["to_fix"]:
         out.print(f"to fix: {advice}", markup=False)
-
-
-def _launcher(launch: Path | None) -> tuple[list[str], int]:
-    """Python's arguments that start the trainer as a launch file says, and how many processes that makes."""
-    import torch
-    import yaml
-
-    script = str(Path(__file__).with_name("train.py"))
-    if launch is None:
-        return [script], 1
-    if not launch.is_file():
-        raise InputError(f"{launch}: no such launch file; see launch/README.md")
-    try:
-        named = yaml.safe_load(launch.read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"{launch}: not valid YAML: {error}") from None
-    count: list[str] = []
-    world = named.get("num_processes") if isinstance(named, dict) else None
-    if world is None:  # the file leaves the number to the machine: one process a GPU
-        world = torch.cuda.device_count()
-        count = ["--num_processes", str(world)]
-        if not world:
-            raise InputError(
-                f"{launch}: leaves the number of processes to the GPUs, and there is none; see launch/README.md"
-            )
-    return ["-m", "accelerate.commands.launch", "--config_file", str(launch), *count, script], int(world)
 
 
 def _band_numbers(text: str | None) -> list[int] | None:

@@ -13,6 +13,9 @@ from typing import Any
 import psutil
 import rasterio
 import torch
+import yaml
+
+from shards.errors import InputError
 
 PACKAGES = ("dctc", "torch", "accelerate", "deepspeed", "webdataset", "rasterio", "mlflow", "numpy", "kornia")
 SMALL_DISK_GIB, SMALL_SHM_GIB = 10, 1
@@ -70,3 +73,30 @@ def _advice(facts: dict[str, Any]) -> list[str]:
     if importlib.util.find_spec("deepspeed") is not None and importlib.util.find_spec("transformers") is None:
         advice.append("deepspeed without transformers: accelerate cannot use it; pip install 'dctc[deepspeed]'")
     return advice
+
+
+def launcher(launch: Path | None) -> tuple[list[str], int]:
+    """Python's arguments that start the trainer as a launch file says, and how many processes that makes.
+
+    Raises:
+        InputError: there is no such file, it is no YAML, or it wants GPUs and there is none.
+    """
+    script = str(Path(__file__).with_name("train.py"))
+    if launch is None:
+        return [script], 1
+    if not launch.is_file():
+        raise InputError(f"{launch}: no such launch file; see launch/README.md")
+    try:
+        named = yaml.safe_load(launch.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{launch}: not valid YAML: {error}") from None
+    count: list[str] = []
+    world = named.get("num_processes") if isinstance(named, dict) else None
+    if world is None:  # the file leaves the number to the machine: one process a GPU
+        world = torch.cuda.device_count()
+        count = ["--num_processes", str(world)]
+        if not world:
+            raise InputError(
+                f"{launch}: leaves the number of processes to the GPUs, and there is none; see launch/README.md"
+            )
+    return ["-m", "accelerate.commands.launch", "--config_file", str(launch), *count, script], int(world)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,13 +12,13 @@ import torch
 import yaml
 from torch import nn
 
-from dctc.bundle import Description
 from dctc.config import Config, MethodConfig, nearest
 from dctc.data.order import LABELLED, UNLABELLED, Layout
 from dctc.engine.checkpoint import Checkpoints, Progress, latest, read_progress
 from dctc.engine.faults import occupy
 from dctc.engine.flops import peak_flops, round_flops
 from dctc.engine.meters import Compute
+from dctc.engine.model import describe, make_method, network_spec
 from dctc.engine.parallel import Parallel
 from dctc.engine.precision import Precision, UnsupportedPrecision
 from dctc.engine.preempt import StopRequest
@@ -31,9 +30,8 @@ from dctc.engine.trainer import Every, Trainer
 from dctc.engine.update import OptimizerSpec, Updater
 from dctc.engine.watch import Watch
 from dctc.evaluation.evaluate import peak_memory_gib
-from dctc.methods import Method, OptionError, build_method, parse_options
+from dctc.methods import Method, OptionError, parse_options
 from dctc.methods.base import Length
-from dctc.networks import NetworkSpec, UnavailableBackbone, UnknownNetwork, build_network
 from shards.errors import InputError
 from shards.index import Index
 from shards.manifest import Dataset
@@ -155,25 +153,18 @@ def prepare(config: Config, dataset: Dataset, parallel: Parallel, run: Run, stop
     precision = _precision(config, parallel.device)
     must_go_together(config, parallel.strategy)
     torch.manual_seed(config.run.seed)  # nothing else draws from a global generator
-    method = _method(config, dataset, parallel)
+    method = make_method(config, dataset, parallel)
     checkpoints = Checkpoints(run.folder / "checkpoints", config.run.keep, parallel)
     if run.source is not None:
         checkpoints.load_weights(run.source, method.parts)
     _make_ready([precision.lay_out(module) for module in method.parts.values()], config)
     updater = Updater(method.parts, _optimizer_spec(config), parallel, precision, config.parallel.offload)
     method.parts.update(updater.modules)
-    schedule = Schedule.plan(
-        len(index.rows("train")), config.data.batch_labelled,
-        config.schedule.epochs, config.schedule.warmup, config.schedule.rounds, config.schedule.shape,
-    )  # fmt: skip
+    schedule = _schedule(config, len(index.rows("train")))
+    method.length = Length(schedule.rounds, schedule.epoch)
     if run.source is not None:
         checkpoints.load_optimizers(run.source, updater.parts)
-        if precision.loss_scale is not None and run.progress.loss_scale is not None:
-            precision.loss_scale.value, since = run.progress.loss_scale
-            precision.loss_scale.since = int(since)
-
-    method.length = Length(schedule.rounds, schedule.epoch)
-    method.memory = dict(run.progress.memory)
+        _take_up(run.progress, method, precision)
     unlabelled_rows = index.unlabelled_rows(config.data.labelled_share)
     stream = partial(training_stream, config, dataset, layout)
     watch = Watch(
@@ -212,6 +203,21 @@ def prepare(config: Config, dataset: Dataset, parallel: Parallel, run: Run, stop
     )
 
 
+def _schedule(config: Config, training_tiles: int) -> Schedule:
+    length = config.schedule
+    return Schedule.plan(
+        training_tiles, config.data.batch_labelled, length.epochs, length.warmup, length.rounds, length.shape
+    )
+
+
+def _take_up(progress: Progress, method: Method, precision: Precision) -> None:
+    """What a run that goes on must have beside its tensors."""
+    method.memory = dict(progress.memory)
+    if precision.loss_scale is not None and progress.loss_scale is not None:
+        precision.loss_scale.value, since = progress.loss_scale
+        precision.loss_scale.since = int(since)
+
+
 def _compute(config: Config, dataset: Dataset, parallel: Parallel, method: Method) -> Compute | None:
     """What MFU is made of, on a GPU (main rank). Counting takes a second or two."""
     if parallel.device.type != "cuda" or not parallel.is_main:
@@ -228,7 +234,7 @@ def _flops(config: Config, dataset: Dataset, method: Method) -> float | None:
     unlabelled = config.data.batch_unlabelled if method.uses_unlabelled else 0
     try:
         return round_flops(
-            config.method.name, _network_spec(config, dataset), config.method.options,
+            config.method.name, network_spec(config, dataset), config.method.options,
             config.data.batch_labelled, unlabelled, dataset.manifest.tile_size,
         )  # fmt: skip
     except Exception as error:  # a method may compute what fake tensors cannot, and train all the same
@@ -319,44 +325,6 @@ def _make_ready(modules: Sequence[nn.Module], config: Config) -> None:
             module.compile(mode=None if config.parallel.compile == "default" else config.parallel.compile)
 
 
-def check_network(config: Config, dataset: Dataset) -> None:
-    """Raises :class:`InputError` where the network cannot be built; it is made for that and let go."""
-    with _keys_named(config):
-        build_network(_network_spec(config, dataset))
-
-
-def _method(config: Config, dataset: Dataset, parallel: Parallel) -> Method:
-    with _keys_named(config):
-        return build_method(config.method.name, _network_spec(config, dataset, parallel), config.method.options)
-
-
-@contextmanager
-def _keys_named(config: Config) -> Iterator[None]:
-    try:
-        yield
-    except UnknownNetwork as error:
-        name = config.network.name
-        raise InputError(f"key network.name: unknown network {name!r}; {nearest(name, error.known)}") from None
-    except UnavailableBackbone as error:
-        raise InputError(f"key network.backbone is {config.network.backbone!r}: {error}") from None
-
-
-def _network_spec(config: Config, dataset: Dataset, parallel: Parallel | None = None) -> NetworkSpec:
-    """The network for this dataset; without ``parallel``, as a model file names it (sync norm is batch norm there)."""
-    norm = config.network.norm
-    if parallel is None:
-        norm = "group" if norm == "group" else "batch"
-    elif norm == "auto":
-        norm = "sync" if parallel.world > 1 and parallel.device.type == "cuda" else "batch"
-    elif norm == "sync" and parallel.device.type != "cuda":
-        raise InputError("network.norm is sync, which needs GPUs: use batch or group on CPU")
-    manifest = dataset.manifest
-    return NetworkSpec(
-        len(manifest.bands), len(manifest.classes), config.network.name, config.network.width, norm,
-        config.network.backbone,
-    )  # fmt: skip
-
-
 def _optimizer_spec(config: Config) -> OptimizerSpec:
     return OptimizerSpec(**config.optimizer.model_dump())
 
@@ -376,22 +344,3 @@ def _intervals(config: Config, schedule: Schedule) -> Every:
 def _warn(enabled: bool, text: str) -> None:
     if enabled:
         print(f"warning: {text}", flush=True)
-
-
-def describe(config: Config, dataset: Dataset, progress: Progress) -> Description:
-    """What the model files of this run say of themselves."""
-    manifest = dataset.manifest
-    return Description(
-        method=config.method.name,
-        options=config.method.options,
-        network=_network_spec(config, dataset),
-        bands=[band.name for band in manifest.bands],
-        dtype=manifest.dtype,
-        mean=[band.mean for band in manifest.bands],
-        std=[band.std for band in manifest.bands],
-        classes=manifest.classes,
-        tile_size=manifest.tile_size,
-        dataset=dataset.digest,
-        rounds=progress.rounds,
-        run_id=progress.tracking_id,
-    )

@@ -23,7 +23,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dctc.config import COMMAND_LINE, Config, NetworkConfig, Share, load_config, nearest, parse_override, read_mapping
-from dctc.engine.build import check_network, resolve, run_folder
+from dctc.engine.build import resolve, run_folder
+from dctc.engine.model import check_network
 from shards.errors import InputError
 from shards.manifest import Dataset, parse_share
 

@@ -110,6 +110,13 @@ def interrupt(command: Sequence[object], signal_number: int, until: Path) -> int
     return status
 
 
+def command_line(process: psutil.Process) -> str:
+    """The words it was started with; empty for one that has ended meanwhile."""
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
 def losses(folder: Path) -> list[dict[str, float]]:
     """The training losses of each logged round of a run's folder."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -95,6 +95,7 @@ def locate(config: Config, dataset: Dataset, parallel: Parallel) -> Run:
     progress = Progress(dataset=dataset.digest, settings=config.result_settings())
     if source is not None:
         progress = read_progress(source)
+        progress = replace(progress, settings=config.completed(progress.settings))
         progress.must_match(dataset.digest, config.result_settings(), source)
     return Run(experiment, name, folder, progress, source)
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from dctc.engine.checkpoint import complete, latest, read_progress
-from tests.tiny import SCRIPTS, launch, launch_arguments, run, start, write_config
+from tests.tiny import SCRIPTS, command_line, launch, launch_arguments, run, start, write_config
 from tests.weights import assert_same_weights, folder_of
 
 KILLS = 25
@@ -131,7 +131,7 @@ def pair_in_training(config: Path, said: Path) -> tuple[psutil.Popen, list[psuti
     while not (folder_of(config) / "checkpoints" / "latest").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    ranks = [child for child in process.children(recursive=True) if "dctc/train.py" in child.cmdline()]
+    ranks = [child for child in process.children(recursive=True) if "dctc/train.py" in command_line(child)]
     return process, sorted(ranks, key=lambda rank: rank.environ()["RANK"])
 
 

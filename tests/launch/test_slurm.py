@@ -19,13 +19,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.tiny import ROOT, write_config
+from tests.tiny import ROOT, command_line, write_config
 from tests.weights import assert_same_weights, complete_checkpoints, folder_of
 
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 
 SRUN = """#!{python}
-import os, signal, subprocess, sys, time
+import contextlib, os, signal, subprocess, sys, time
 import psutil
 
 words = sys.argv[1:]
@@ -39,7 +39,8 @@ def send(number):
     for task in tasks:
         if task.poll() is None:
             for process in [psutil.Process(task.pid), *psutil.Process(task.pid).children(recursive=True)]:
-                process.send_signal(number)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
 
 signal.signal(signal.SIGUSR1, lambda number, _: send(number))
 signal.signal(signal.SIGTERM, lambda number, _: send(signal.SIGKILL))
@@ -189,7 +190,8 @@ def test_who_cancels_a_job_does_not_get_it_back(cluster: Cluster, told: str, req
     job.send_signal(getattr(signal, f"SIG{told}"))
     if told == "TERM":
         for process in psutil.Process(job.pid).children(recursive=True):
-            if "torchrun.sh" in " ".join(process.cmdline()) and "srun" not in " ".join(process.cmdline()):
+            line = command_line(process)
+            if "torchrun.sh" in line and "srun" not in line:
                 process.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 75, output

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.tiny import write_config
+from tests.tiny import command_line, write_config
 from tests.weights import assert_same_weights, complete_checkpoints, folder_of
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
@@ -134,7 +134,7 @@ def test_bad_arguments_keep_their_code_and_a_killed_rank_is_a_failure(
     assert "optimizer.lr" in output
     process = start(scripts, config, TMPDIR=str(tmp_path))
     wait_for(folder_of(config) / "metrics.jsonl", process)
-    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "rank.py" in " ".join(p.cmdline())]
+    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "rank.py" in command_line(p)]
     workers = [rank for rank in ranks if "torch.distributed.run" not in rank.cmdline()]
     assert len(workers) == 2
     workers[1].kill()

@@ -17,7 +17,7 @@ from dctc.config import load_config
 from dctc.engine.build import resolve
 from dctc.sweep.plan import load_sweep
 from shards.errors import InputError
-from tests.tiny import run, start, write_config
+from tests.tiny import command_line, run, start, write_config
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_a_sweep_is_stopped_goes_on_and_leaves_a_failed_run_behind(configs: Path
     process = start(["dctc", "sweep", sweep, "schedule.rounds=4"], first / "checkpoints")  # overrides hold for all
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=120) == 75
-    others = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    others = [command_line(child) for child in psutil.Process().children(recursive=True)]
     assert not [line for line in others if "train.py" in line], "runs outlive the sweep"
 
     done = run("dctc", "sweep", sweep, "schedule.rounds=4", check=False)

@@ -317,6 +317,18 @@ def test_tags_are_strings_of_any_name_and_leave_the_weights_alone(folder: Path) 
         load_config(path, ["tracking.tags={sweep: [a]}"])
 
 
+@pytest.mark.parametrize("key", sorted({*DECIDING} - {"method.name"}))
+def test_a_run_from_before_a_key_goes_on_with_its_default_alone(folder: Path, key: str) -> None:
+    path = write(folder, LEAST)
+    config = load_config(path)
+    before = {k: v for k, v in config.result_settings().items() if k != key}
+    assert config.completed(before) == config.result_settings()
+    value = yaml.safe_dump(DECIDING[key], default_flow_style=True).removesuffix("...").strip()
+    other = load_config(path, [f"{key}={value}"])
+    assert other.completed(before) != other.result_settings()
+    assert config.completed({**before, "gone": 1})["gone"] == 1, "a key that is no more is still a difference"
+
+
 # ---- what is shipped
 
 

@@ -8,17 +8,15 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from dctc.arguments import AsJson, Device, Overrides, band_numbers, device_of, own_folder
 from dctc.terminal import out, progress_bar, show_dataset, show_evaluation
 from shards.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
 
 app = typer.Typer(
     name="dctc",
@@ -28,23 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value]...", help="settings that win over the file")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
-Device = Annotated[str, typer.Option(help="auto (a GPU when there is one), cpu, cuda or cuda:1")]
-
-
-def _own_folder(text: str) -> Path:
-    """Where files are to be written; a URL would silently become the folder `s3:`."""
-    if "://" in text:
-        raise InputError(f"{text}: is a URL; write to a folder of this machine, and copy that there as it is")
-    return Path(text)
 
 
 @app.command()
 def synth(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="folder for the scenes", parser=_own_folder)],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="folder for the scenes", parser=own_folder)],
     scenes: Annotated[int, typer.Option(min=1, help="number of scenes")] = 12,
     size: Annotated[int, typer.Option(min=64, help="side of a scene in pixels")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="the same seed gives the same files")] = 0,
@@ -63,7 +49,7 @@ def synth(
 @app.command()
 def shard(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="what the dataset is: configs/data/*.yaml")],
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="the dataset folder to make", parser=_own_folder)],
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="the dataset folder to make", parser=own_folder)],
     overrides: Overrides = None,
     root: Annotated[Path, typer.Option(help="the folder that the recipe's patterns start from")] = Path(),
     workers: Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")] = None,
@@ -249,7 +235,7 @@ def evaluate(
     from dctc.evaluation.report import write_evaluation
     from shards.manifest import Dataset
 
-    bundle = Bundle.load(model, _device(device))
+    bundle = Bundle.load(model, device_of(device))
     evaluation = evaluate_model(bundle, Dataset.open(folder), split, batch)
     destination = report or model.parent / f"evaluation-{split}"
     write_evaluation(destination, evaluation, split)
@@ -264,7 +250,7 @@ def evaluate(
 def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="RUN/model.safetensors")],
     scenes: Annotated[list[Path], typer.Argument(metavar="SCENE...", help="rasters with the model's bands")],
-    folder: Annotated[Path, typer.Option("--out", help="folder for the maps", parser=_own_folder)],
+    folder: Annotated[Path, typer.Option("--out", help="folder for the maps", parser=own_folder)],
     net: Annotated[str | None, typer.Option(help="s1, s2, mean or teacher; default: the headline")] = None,
     overlap: Annotated[float, typer.Option(help="share of a window's side that neighbours share, 0 to 0.9")] = 0.25,
     batch: Annotated[int, typer.Option(min=1, help="windows at once")] = 8,
@@ -285,9 +271,9 @@ def predict(
     from dctc.bundle import Bundle
     from dctc.mapping.predict import predict_scene
 
-    chosen = _device(device)
+    chosen = device_of(device)
     bundle = Bundle.load(model, chosen)
-    numbers = _band_numbers(bands)
+    numbers = band_numbers(bands)
     if len({scene.stem for scene in scenes}) < len(scenes):
         raise InputError("two scenes have the same file name, and so would their maps: predict them into two folders")
     records: list[dict[str, Any]] = []
@@ -377,29 +363,6 @@ def doctor(as_json: AsJson = False) -> None:
     out.print(table)
     for advice in findings["to_fix"]:
         out.print(f"to fix: {advice}", markup=False)
-
-
-def _band_numbers(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"--bands {text!r} is not a list of band numbers: write them from 1 on, as 3,2,1") from None
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    from dctc.engine.precision import no_tf32
-
-    no_tf32()
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not usable here ({str(error).splitlines()[0]})") from None
-    return device
 
 
 def main() -> None:

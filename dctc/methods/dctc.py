@@ -12,56 +12,18 @@ One round (paper, section 2.1, figure 1; numbers are the paper's equations):
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dctc.methods.base import Batch, Method, Round, Update, cut, inference, joined
+from dctc.methods.dctc_options import Options
 from dctc.methods.losses import cross_entropy_sum, mean_prediction, pixel_count, pseudo_label, ramp_up
 from dctc.networks import NetworkSpec, build_decoder, build_encoder, build_network
 
 STUDENTS = ("s1", "s2")
-
-
-@dataclass(frozen=True)
-class Options:
-    """Switches of the method; the defaults are the paper's preset, the others its ablations (table 3) and readings.
-
-    Attributes:
-        temperature: T of the sharpening, in (0, 1].
-        attention: channel attention in the teacher's encoder.
-        sharpen: which students' predictions are sharpened in their losses.
-        loss: ``binary`` is equation 6 read literally, a sum over the classes.
-        pseudo_label: ``soft`` keeps the probabilities instead of the argmax.
-        round: ``epoch`` gives whole epochs to each phase in turn, instead of all phases to each iteration.
-        labels_for_students: phase 2 also has CE(S(x_l), y) of each student, not sharpened.
-        update: ``fused`` makes one step a phase from one encoder pass: cheaper, but not the paper's "in turn".
-        phase2_start, phase3_start: round from which the phase runs.
-        phase2_ramp, phase3_ramp: rounds over which its learning rate then grows as exp(-5(1-t)^2).
-    """
-
-    temperature: float = 0.5
-    attention: bool = True
-    sharpen: Literal["none", "s1", "s2", "both"] = "both"
-    loss: Literal["multiclass", "binary"] = "multiclass"
-    pseudo_label: Literal["hard", "soft"] = "hard"
-    round: Literal["iteration", "epoch"] = "iteration"
-    labels_for_students: bool = False
-    update: Literal["in_turn", "fused"] = "in_turn"
-    phase2_start: int = 0
-    phase2_ramp: int = 0
-    phase3_start: int = 0
-    phase3_ramp: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature <= 1:
-            raise ValueError(f"temperature must lie in (0, 1], got {self.temperature}")
-        for name in ("phase2_start", "phase2_ramp", "phase3_start", "phase3_ramp"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is a number of rounds, at least 0, got {getattr(self, name)}")
 
 
 class Lesson(NamedTuple):
@@ -166,5 +128,7 @@ class DCTC(Method):
             )
         return y1, y2
 
+
+__all__ = ["DCTC", "Options", "build"]
 
 build = DCTC

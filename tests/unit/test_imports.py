@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batch_size": {"config", "methods"},
     "config": set(),
     "machine": set(),
+    "arguments": {"engine"},
     "terminal": set(),
     "sweep": {"config", "engine", "tracking"},
     "tracking": {"config"},
@@ -35,6 +36,7 @@ SHARDS_FOR_DCTC = {"codec", "errors", "index", "lifetime", "manifest", "remote"}
 SHARDS_FOR_ROOM = {
     "config": {"errors", "manifest", "remote"},
     "tracking": {"errors", "manifest"},
+    "arguments": {"errors"},
     "terminal": {"manifest", "summary"},
     "networks": set(),
     "methods": set(),

@@ -2,7 +2,8 @@
 
 # The version that constraints.txt was tested with comes first. Choose another: make PYTHON=/path/to/python3.13 test
 PYTHON ?= python3.11 python3.12 python3.13 python3
-PYTEST_ARGS ?= -n 2 --dist worksteal
+# One more than two cores: tests of signals, servers and processes that end wait a quarter of their time.
+PYTEST_ARGS ?= -n 3 --dist worksteal
 
 # Sizes of the demo.
 DEMO_SCENES ?= 12

@@ -75,6 +75,19 @@ def launch(processes: int, config: Path, *overrides: str, check: bool = True) ->
     return run("accelerate", *launch_arguments(processes), config, *overrides, check=check, ACCELERATE_USE_CPU="true")
 
 
+def launch_together(strategy: str, config: Path, runs: Sequence[str]) -> None:
+    """Train several runs, each ``config`` with the overrides of one string, in one start of processes.
+
+    Two processes, but for the strategy ``none``. See ``tests/distributed/matrix.py``.
+    """
+    file = {"none": "single", "ddp": "cpu_pair"}.get(strategy, strategy)
+    processes = [] if strategy == "none" else ["--num_processes", "2"]
+    run(
+        "accelerate", "launch", "--config_file", ROOT / "launch" / f"{file}.yaml", *processes,
+        "tests/distributed/matrix.py", config, *runs, timeout=1500, ACCELERATE_USE_CPU="true", PYTHONPATH=str(ROOT),
+    )  # fmt: skip
+
+
 def start(command: Sequence[object], until: Path) -> subprocess.Popen[bytes]:
     """Start a command of this environment and wait until ``until`` exists; fails when it has ended by then."""
     process = subprocess.Popen(

@@ -80,7 +80,8 @@ def await_end(session: int) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(district: Path, district_packed: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [KILLS // 4, pytest.param(KILLS, marks=pytest.mark.matrix)])
+def test_killed_at_random_moments(district: Path, district_packed: dict[str, str], tmp_path: Path, times: int) -> None:
     seed = int.from_bytes(os.urandom(4), "big")
     print(f"seed {seed}")  # shown when the test fails
     chance = random.Random(seed)
@@ -91,7 +92,7 @@ def test_killed_at_random_moments(district: Path, district_packed: dict[str, str
     process.communicate()
     span = time.monotonic() - start - before
     kills, resumed, chain = 0, 0, 0
-    while kills < KILLS:
+    while kills < times:
         chain += 1
         out, finished = tmp_path / f"set{chain}", False
         # Most chains are killed again and again, the last one at least is let go.
@@ -100,7 +101,7 @@ def test_killed_at_random_moments(district: Path, district_packed: dict[str, str
                 district, out, "--workers", "2", *DISTRICT, *(["--verify"] if chance.random() < 0.3 else [])
             )
             begun(out, process)
-            if kills < KILLS:
+            if kills < times:
                 try:
                     process.wait(chance.uniform(0, span))
                 except subprocess.TimeoutExpired:
@@ -113,7 +114,7 @@ def test_killed_at_random_moments(district: Path, district_packed: dict[str, str
             assert finished or process.returncode == -signal.SIGKILL, errors
             assert not (out / MANIFEST).exists() or verify(out) == []
         assert without_preview(out) == district_packed
-    assert resumed == KILLS
+    assert resumed == times
 
 
 def begun(out: Path, process: subprocess.Popen[str]) -> None:

@@ -80,8 +80,13 @@ def assert_same(one: list[list[Tensor]], other: list[list[Tensor]]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("order", ["global", "block"])
-@pytest.mark.parametrize("number", [LABELLED, UNLABELLED])
+@pytest.mark.parametrize(
+    ("number", "order"),
+    [
+        (LABELLED, "block"), (UNLABELLED, "global"),
+        *(pytest.param(*pair, marks=pytest.mark.matrix) for pair in ((LABELLED, "global"), (UNLABELLED, "block"))),
+    ],
+)  # fmt: skip
 def test_the_same_pixels_on_every_layout(packed: Packed, number: int, order: str) -> None:
     """Order, weak and strong augmentation and CutMix included, over the end of an epoch."""
     rounds = range(3, 7)

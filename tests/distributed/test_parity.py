@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny import launch, losses, write_config
+from dctc.bundle import Bundle
+from dctc.evaluation.model import evaluate_model
+from shards.manifest import Dataset
+from tests.tiny import launch, launch_together, losses, write_config
 
-ADAM: dict[str, Any] = {"name": "adam", "lr": 1e-3}
-SGD: dict[str, Any] = {"name": "sgd", "lr": 0.01}
+SGD = "optimizer.name=sgd optimizer.lr=0.01"
+RUNS = {
+    "adam": "optimizer.name=adam optimizer.lr=0.001",
+    "sgd": SGD,  # Adam hides a wrong scale of the gradient
+    "clipped": f"{SGD} optimizer.clip=0.5",
+    "supervised": f"{SGD} method.name=supervised",
+}
+# The final test is reduced over ranks.
+PAIR_ALONE = {"norm": "network.norm=batch evaluation.test=true evaluation.batch=3"}
+MORE = {"clipped": "parallel.accumulation=2"}  # for the pair
 
 
-def train(folder: Path, dataset: Path, processes: int, name: str, *overrides: str, **sections: Any) -> Path:
-    config = write_config(folder / f"{name}.yaml", dataset, **sections)
-    launch(processes, config, *overrides)
-    return folder / "runs" / "synthetic-scene" / name
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Path:
+    """The folder of the runs one-NAME and two-NAME of one and of two processes; each kind in one start."""
+    config = write_config(tmp_path_factory.mktemp("parity") / "parity.yaml", tiny_dataset)
+    launch_together("none", config, [f"run.name=one-{name} {keys}" for name, keys in RUNS.items()])
+    pair = RUNS | PAIR_ALONE
+    launch_together("ddp", config, [f"run.name=two-{name} {keys} {MORE.get(name, '')}" for name, keys in pair.items()])
+    return config.parent / "runs" / "synthetic-scene"
 
 
 def assert_equal_runs(one: Path, two: Path, tolerance: float, elementwise: bool = True) -> None:
@@ -45,39 +60,15 @@ def assert_equal_runs(one: Path, two: Path, tolerance: float, elementwise: bool 
             assert (first_part - second_part).abs().max() <= tolerance * first_part.abs().max(), part
 
 
-@pytest.mark.parametrize("optimizer", [ADAM, SGD], ids=["adam", "sgd"])
-def test_two_processes_equal_one(tmp_path: Path, tiny_dataset: Path, optimizer: dict[str, Any]) -> None:
-    # SGD must be here: Adam hides a wrong scale of the gradient.
-    one = train(tmp_path, tiny_dataset, 1, "one", optimizer=optimizer)
-    two = train(tmp_path, tiny_dataset, 2, "two", optimizer=optimizer)
-    assert_equal_runs(one, two, 1e-5, elementwise=optimizer is SGD)
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_equal_one(trained: Path, name: str) -> None:
+    assert_equal_runs(trained / f"one-{name}", trained / f"two-{name}", 1e-5, elementwise=name != "adam")
 
 
-def test_accumulation_and_clipping_over_two_processes_equal_one(tmp_path: Path, tiny_dataset: Path) -> None:
-    optimizer = SGD | {"clip": 0.5}
-    one = train(tmp_path, tiny_dataset, 1, "one", optimizer=optimizer)
-    two = train(tmp_path, tiny_dataset, 2, "two", optimizer=optimizer, parallel={"accumulation": 2})
-    assert_equal_runs(one, two, 1e-5)
-
-
-def test_supervised_on_two_processes(tmp_path: Path, tiny_dataset: Path) -> None:
-    one = train(tmp_path, tiny_dataset, 1, "one", method="supervised", optimizer=SGD)
-    two = train(tmp_path, tiny_dataset, 2, "two", method="supervised", optimizer=SGD)
-    assert_equal_runs(one, two, 1e-5)
-
-
-def test_batch_norm_buffers_are_the_same_on_both_ranks(tmp_path: Path, tiny_dataset: Path) -> None:
-    """The final test is reduced over ranks; a second, single process on the saved model must find the same score."""
-    run = train(
-        tmp_path, tiny_dataset, 2, "pair", network={"norm": "batch"}, evaluation={"test": True, "batch": 3}
-    )  # fmt: skip
-    from dctc.bundle import Bundle
-    from dctc.evaluation.model import evaluate_model
-    from shards.manifest import Dataset
-
+def test_batch_norm_buffers_are_the_same_on_both_ranks(trained: Path, tiny_dataset: Path) -> None:
+    """A second, single process on the model that the pair has saved must find the pair's score."""
+    run = trained / "two-norm"
     evaluation = evaluate_model(Bundle.load(run / "model.safetensors"), Dataset.open(tiny_dataset))
-    import json
-
     test = json.loads((run / "report.json").read_text())["test"]
     for name, net in evaluation.nets.items():
         assert net.scores is not None

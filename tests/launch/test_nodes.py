@@ -135,7 +135,7 @@ def wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_two_machines_train_as_two_processes_of_one(
     nodes: tuple[Node, Node], tmp_path: Path, tiny_dataset: Path, uninterrupted: Path
 ) -> None:

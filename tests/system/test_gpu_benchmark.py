@@ -116,7 +116,7 @@ def part(text: str, name: str) -> str:
     return found[1]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_the_file_holds_what_was_printed(output: tuple[str, str]) -> None:
     printed, kept = output
     assert kept == printed
@@ -124,7 +124,7 @@ def test_the_file_holds_what_was_printed(output: tuple[str, str]) -> None:
     assert "FAILED" not in printed
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_speed_has_a_line_for_each_method_network_and_setting(output: tuple[str, str]) -> None:
     text = part(output[0], "speed")
     known = ["plain loop, fp32", "fp32", "bf16 channels_last", "bf16 channels_last compiled", "bf16"]
@@ -144,7 +144,7 @@ def test_speed_has_a_line_for_each_method_network_and_setting(output: tuple[str,
     assert "all lines measured" in text
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_float32_rounds_are_those_of_the_plain_loop(output: tuple[str, str]) -> None:
     text = part(output[0], "correct")
     assert text.count(": holds") == len(PLAIN)
@@ -158,7 +158,7 @@ def test_float32_rounds_are_those_of_the_plain_loop(output: tuple[str, str]) -> 
     assert all(0 <= abs(float(value)) < 0.5 for _, value in cosines)
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_loader_copies_and_says_what_it_lacks(output: tuple[str, str]) -> None:
     text = part(output[0], "loader")
     for source in ("resident", "copied when asked for", "copied ahead"):
@@ -169,7 +169,7 @@ def test_loader_copies_and_says_what_it_lacks(output: tuple[str, str]) -> None:
     assert "SKIPPED, not installed here: pydantic, webdataset, rasterio, kornia, zlib_ng\n" in text
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 def test_accuracy_scores_each_net(output: tuple[str, str]) -> None:
     text = part(output[0], "accuracy")
     # 96 x 120 px: four tiles of 64 a scene, the least of which has 32 x 56 px.

@@ -73,7 +73,7 @@ def test_loader_workers_end_with_a_trainer_that_is_killed(tmp_path: Path, tiny_d
     assert not psutil.wait_procs(family, timeout=20)[1]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.matrix)])
 def test_a_loader_worker_that_is_killed_ends_the_run(tmp_path: Path, tiny_dataset: Path, processes: int) -> None:
     """As the kernel does it to the largest process when memory runs out: exit code 1 within seconds, on all ranks."""
     config = write_config(tmp_path / "lost.yaml", tiny_dataset, data={"workers": 1}, schedule={"rounds": 1000})

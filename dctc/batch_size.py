@@ -15,7 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dctc.config import Config, load_config
-from dctc.methods import parse_options
+from dctc.methods import build_method, parse_options
+from dctc.networks import NetworkSpec
 from shards.errors import InputError
 from shards.manifest import Dataset
 
@@ -112,9 +113,11 @@ class Search:
         data = self.config.data
         divisor = math.gcd(data.batch_labelled, data.batch_unlabelled)
         labelled, unlabelled = data.batch_labelled // divisor, data.batch_unlabelled // divisor
-        options = parse_options(self.config.method.name, self.config.method.options)
-        mixed = (data.cutmix and labelled % 2) or (getattr(options, "cutmix", False) and unlabelled % 2)
-        pairs = 2 if mixed else 1
+        # What a method mixes does not depend on its networks; these are small.
+        method = build_method(self.config.method.name, NetworkSpec(1, 2, width=4), self.config.method.options)
+        mixed_labelled = data.cutmix or method.labelled_needs.boxes is not None
+        odd = (mixed_labelled and labelled % 2) or (method.unlabelled_needs.boxes is not None and unlabelled % 2)
+        pairs = 2 if odd else 1
         return labelled * pairs, unlabelled * pairs
 
     def _all_phases(self) -> list[str]:

@@ -65,11 +65,14 @@ def panels(uri: str, comparison: Comparison) -> Panels:
         found += _panel(row, {f"{axis} {c}": shown[row, c] for c in comparison.columns if (row, c) in shown})
     for column in comparison.columns:
         found += _panel(f"{axis} {column}", {row: shown[row, column] for row in rows if (row, column) in shown})
+    reasons = (
+        (missing, f"whose {TILES} is not in MLflow, or cannot be read"),
+        (names, "on other tiles than the first"),
+    )
     notes = [
         f"no predictions to show of {len(some)} run(s) {why}: {', '.join(some[:4])}{', ...' if len(some) > 4 else ''}"
-        for some, why in ((missing, f"whose {TILES} is not in MLflow"), (names, "on other tiles than the first"))
-        if some
-    ]
+        for some, why in reasons if some
+    ]  # fmt: skip
     return Panels(found, notes)
 
 

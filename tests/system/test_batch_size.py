@@ -41,6 +41,21 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Path
     return write_config(tmp_path_factory.mktemp("config") / "run.yaml", tiny_dataset)
 
 
+@pytest.mark.parametrize(
+    ("keys", "unit"),
+    [
+        ([], (1, 1)),
+        (["data.batch_unlabelled=8"], (1, 2)),
+        (["data.cutmix=true"], (2, 2)),
+        (["method.name=cps", "method.cutmix=true"], (2, 2)),
+        (["method.name=cps", "method.cutmix=true", "data.batch_unlabelled=8"], (1, 2)),
+        (["method.name=cps", "data.batch_labelled=8"], (2, 1)),
+    ],
+)
+def test_what_is_mixed_goes_in_pairs(config: Path, keys: list[str], unit: tuple[int, int]) -> None:
+    assert search(config, TILES, *keys)._unit() == unit
+
+
 @pytest.mark.parametrize("limit", range(1, TILES + 1))
 def test_the_search_comes_within_an_eighth_of_what_fits_and_never_tries_twice(config: Path, limit: int) -> None:
     found = search(config, limit)

@@ -207,7 +207,7 @@ def test_predictions_of_headlines_on_the_same_tiles(store: Store, tmp_path: Path
         shares = shares_of_colors(data)
         assert shares[0, 0, 255] > 1.9 * shares[255, 0, 0] > 0.2, "the label is red, both predictions are blue"
     assert [note.split(":")[0] for note in found.notes] == [
-        "no predictions to show of 1 run(s) whose tiles.npz is not in MLflow",
+        "no predictions to show of 1 run(s) whose tiles.npz is not in MLflow, or cannot be read",
         "no predictions to show of 1 run(s) on other tiles than the first",
     ]
 
@@ -231,7 +231,7 @@ def test_everything_as_typed(store: Store, tmp_path: Path) -> None:
     reader = Reader()
     reader.feed(files["out"].read_text())
     assert reader.tags.count("table") == 3, "methods, and the classes of both"
-    assert "no predictions to show of 2 run(s) whose tiles.npz is not in MLflow" in reader.text
+    assert "no predictions to show of 2 run(s) whose tiles.npz is not in MLflow, or cannot be read" in reader.text
     assert ("src", "data:image/png;base64,") in [(name, (value or "")[:22]) for name, value in reader.attributes]
 
     classes = type_command(store, "--table", "2", "--of", "cps", "--paper", "potsdam")

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"bundle", "data", "methods", "tracking.figures"},  # pictures; the rest of tracking knows MLflow
     "mapping": {"bundle", "methods"},
     "engine": {"bundle", "config", "data", "evaluation", "methods", "networks"},
-    "batch_size": {"config", "methods"},
+    "batch_size": {"config", "methods", "networks"},
     "config": set(),
     "machine": set(),
     "arguments": {"engine"},

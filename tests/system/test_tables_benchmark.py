@@ -1,0 +1,49 @@
+"""`benchmarks/tables.py` as it is typed, on runs that are as small as can be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import ROOT, run
+
+SMALL = ["network.width=4", "schedule.rounds=1", "data.batch_labelled=2", "data.batch_unlabelled=2"]
+
+
+def tables(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "tables.py", *map(str, words)],
+        capture_output=True, text=True, check=False, timeout=120, cwd="/",
+    )  # fmt: skip
+
+
+def test_without_runs_or_scenes_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    done = tables("synthetic", "--work", tmp_path, "--compare", "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert "no finished run of table1, table3" in done.stderr
+    done = tables("dubai", "--work", tmp_path, "--out", tmp_path / "out")
+    assert done.returncode == 0
+    assert "SKIPPED" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_tables_of_what_has_been_run(tmp_path: Path, tiny_dataset: Path) -> None:
+    sweep = tmp_path / "table1.yaml"
+    sweep.write_text(
+        "name: table1\nseeds: [0]\nrows: [{row: U-Net, config: %s, shares: [1/2]}]\n"
+        % (ROOT / "configs" / "synthetic" / "unet.yaml")
+    )
+    run("dctc", "sweep", sweep, f"data.dataset={tiny_dataset}", f"run.output={tmp_path / 'runs'}", *SMALL)
+    done = tables("synthetic", "--work", tmp_path, "--compare", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "out" / "tables_synthetic.md").read_text()
+    assert "1 runs, " in text
+    assert "dctc compare synthetic-scene --sweep table1 --table 1" in text
+    assert "| U-Net | s1 | " in text
+    assert "| car | " in text, "the classes"
+    assert "`table3`: no finished run" in text
+    assert (tmp_path / "out" / "tables_synthetic_1.csv").read_text().count("U-Net") == 1

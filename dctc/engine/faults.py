@@ -144,6 +144,12 @@ def explain(error: BaseException, parallel: Parallel, config: Config) -> str | N
         return f"{where}: no space is left there: make room; the same command goes on from the latest checkpoint"
     if _out_of_memory(error):
         return _remedies(parallel, config)
+    if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+        return (
+            "batch norm has nothing to average: the deepest map of a micro-batch is a single pixel of a single tile: "
+            "more tiles at once (a larger data.batch_labelled and data.batch_unlabelled, less parallel.accumulation), "
+            "larger tiles, or network.norm=group"
+        )
     collective = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _COLLECTIVE)
     if parallel.world > 1 and collective:
         return lost_rank(parallel)

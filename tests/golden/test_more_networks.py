@@ -280,3 +280,16 @@ def test_a_run_with_a_small_u2net_and_its_model_file(tmp_path: Path, tiny_datase
     scene = next((tiny_dataset.parent / "scenes").rglob("*_RGB.tif"))
     run("dctc", "predict", model, scene, "--out", tmp_path / "maps")
     assert list((tmp_path / "maps").glob("*.tif"))
+
+
+def test_batch_norm_of_a_single_pixel_says_what_to_change(tmp_path: Path, tiny_dataset: Path) -> None:
+    """U2-Net halves a tile of 32 px five times."""
+    config = write_config(
+        tmp_path / "one.yaml", tiny_dataset, "supervised", network={"name": "u2net_small", "norm": "batch"},
+        data={"batch_labelled": 1},
+    )  # fmt: skip
+    done = run("dctc", "train", config, check=False)
+    assert done.returncode == 1
+    assert "error: batch norm has nothing to average" in done.stderr
+    assert "network.norm=group" in done.stderr
+    assert not (folder_of(config) / "model.safetensors").exists()

@@ -62,13 +62,16 @@ def markdown(comparisons: Iterable[Comparison]) -> str:
     """All tables, a heading each."""
     parts = []
     for comparison in comparisons:
-        heads = [comparison.axes[0], "net", *comparison.columns, COST]
+        several = len({net for _, net in comparison.rows}) > 1
+        costs = any(str(cost) for cost in comparison.costs.values())
+        heads = [comparison.axes[0], *(["net"] if several else []), *comparison.columns, *([COST] if costs else [])]
         lines = [f"## {_escaped(comparison.title)}", "", f"Dataset {comparison.digest[:12]}.", ""]
         lines += ["| " + " | ".join(map(_escaped, heads)) + " |", "|" + "---|" * len(heads)]
         for row, net in comparison.rows:
             texts = [_markdown_cell(comparison, row, net, column) for column in comparison.columns]
-            cost = str(comparison.costs.get(row, "")) if comparison.is_headline(row, net) else ""
-            lines.append("| " + " | ".join([_escaped(row), _escaped(net), *texts, cost]) + " |")
+            if costs:
+                texts.append(str(comparison.costs[row]) if comparison.is_headline(row, net) else "")
+            lines.append("| " + " | ".join([_escaped(row), *([_escaped(net)] if several else []), *texts]) + " |")
         lines += ["", *(f"- {_escaped(note)}" for note in comparison.notes)]
         parts.append("\n".join(lines).rstrip() + "\n")
     return "\n".join(parts)

@@ -266,6 +266,6 @@ def test_markdown(store: Store) -> None:
     store.add("a|b", "1/2", 0, s1=0.5)
     store.add("dctc", "1/2", 0, s1=0.6, teacher=0.9)
     lines = markdown(compare(store.uri, store.name)).splitlines()
-    assert "| a\\|b | s1 | 50.0 (1) |  |" in lines
-    assert "| dctc | s1 | **60.0 (1)** |  |" in lines
-    assert "| dctc | teacher | 90.0 (1) |  |" in lines
+    assert "| a\\|b | s1 | 50.0 (1) |" in lines
+    assert "| dctc | s1 | **60.0 (1)** |" in lines
+    assert "| dctc | teacher | 90.0 (1) |" in lines

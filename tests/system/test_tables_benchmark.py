@@ -43,7 +43,7 @@ def test_tables_of_what_has_been_run(tmp_path: Path, tiny_dataset: Path) -> None
     text = (tmp_path / "out" / "tables_synthetic.md").read_text()
     assert "1 runs, " in text
     assert "dctc compare synthetic-scene --sweep table1 --table 1" in text
-    assert "| U-Net | s1 | " in text
+    assert "| U-Net | " in text
     assert "| car | " in text, "the classes"
     assert "`table3`: no finished run" in text
     assert (tmp_path / "out" / "tables_synthetic_1.csv").read_text().count("U-Net") == 1

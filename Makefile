@@ -52,7 +52,7 @@ $(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/made
 
 # ---- checks
 
-test: $(VENV)/installed-dev ## the whole test suite
+test: $(VENV)/installed-dev ## the test suite
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-matrix: $(VENV)/installed-dev ## what takes longer: all strategies against one process, crashes by the dozen

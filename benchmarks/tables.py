@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ SIZE = (
     "run.checkpoint_every=0", "run.pictures_every=600", "evaluation.every=200",
 )  # fmt: skip
 SWEEPS = ("table1", "table3")
+STOPPED = 75
 TABLES = (("table1", 1), ("table1", 2), ("table3", 3))  # of which runs, and in which layout
 
 
@@ -41,24 +43,31 @@ def main() -> int:
     if name == "dubai" and wanted.data is None and not wanted.compare:
         print("dubai: SKIPPED, its scenes are not at hand: give their folder as --data", file=sys.stderr)
         return 0
-    codes = [0]
+    code = 0
     if not wanted.compare:
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the sweep, which saves its runs and ends with 75
         make_dataset(name, work, wanted.data)
-        codes = [sweep(name, table, work, wanted.jobs) for table in SWEEPS]
-        if 75 in codes:
-            print("stopped: the same command goes on", file=sys.stderr)
-            return 75
+        for table in SWEEPS:
+            code = max(code, sweep(name, table, work, wanted.jobs))
+            if code == STOPPED:
+                print("stopped: the same command goes on", file=sys.stderr)
+                return STOPPED
     if not runs_of(name, work):
         print(f"{work / 'runs' / experiment(name)}: no finished run of {', '.join(SWEEPS)}", file=sys.stderr)
         return 1
     wanted.out.mkdir(parents=True, exist_ok=True)
     lines = head(name, work)
-    for table in TABLES:
-        lines += compared(name, *table, work, wanted.out)
+    for table, layout in TABLES:
+        if runs_of(name, work, table):
+            lines += compared(name, table, layout, work, wanted.out)
+        else:
+            lines += [f"`{table}`: no finished run", ""]
     text = "\n".join(lines)
-    (wanted.out / f"tables_{name}.md").write_text(text)
+    draft = wanted.out / f"tables_{name}.md.part"
+    draft.write_text(text)
+    draft.replace(draft.with_suffix(""))
     print(text)
-    return max(codes)
+    return code
 
 
 def arguments() -> argparse.Namespace:
@@ -120,10 +129,10 @@ def head(name: str, work: Path) -> list[str]:
     ]
 
 
-def runs_of(name: str, work: Path) -> list[Path]:
-    """The reports of finished runs of the sweeps."""
+def runs_of(name: str, work: Path, *tables: str) -> list[Path]:
+    """The reports of finished runs of these sweeps, or of all."""
     folder = work / "runs" / experiment(name)
-    return [path for table in SWEEPS for path in folder.glob(f"{table}-*/report.json")]
+    return [path for table in tables or SWEEPS for path in folder.glob(f"{table}-*/report.json")]
 
 
 def compared(name: str, table: str, layout: int, work: Path, out: Path) -> list[str]:
@@ -134,7 +143,7 @@ def compared(name: str, table: str, layout: int, work: Path, out: Path) -> list[
         file = Path(folder) / "table.md"
         words = ("compare", experiment(name), "--sweep", table, "--table", layout)
         if dctc(*words, "--uri", store, "--csv", cells, "--markdown", file):
-            return [f"`{table}`: no finished run", ""]
+            sys.exit(1)
         return [f"    {shlex.join(['dctc', *map(str, words)])}", "", file.read_text()]
 
 

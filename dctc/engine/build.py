@@ -163,9 +163,7 @@ def prepare(config: Config, dataset: Dataset, parallel: Parallel, run: Run, stop
     method.parts.update(updater.modules)
     schedule = _schedule(config, len(index.rows("train")))
     method.length = Length(schedule.rounds, schedule.epoch)
-    if run.source is not None:
-        checkpoints.load_optimizers(run.source, updater.parts)
-        _take_up(run.progress, method, precision)
+    _take_up(run, checkpoints, updater, method)
     unlabelled_rows = index.unlabelled_rows(config.data.labelled_share)
     stream = partial(training_stream, config, dataset, layout)
     watch = Watch(
@@ -211,12 +209,16 @@ def _schedule(config: Config, training_tiles: int) -> Schedule:
     )
 
 
-def _take_up(progress: Progress, method: Method, precision: Precision) -> None:
-    """What a run that goes on must have beside its tensors."""
-    method.memory = dict(progress.memory)
-    if precision.loss_scale is not None and progress.loss_scale is not None:
-        precision.loss_scale.value, since = progress.loss_scale
-        precision.loss_scale.since = int(since)
+def _take_up(run: Run, checkpoints: Checkpoints, updater: Updater, method: Method) -> None:
+    """What a run that goes on has beside its weights."""
+    if run.source is None:
+        return
+    checkpoints.load_optimizers(run.source, updater.parts)
+    method.memory = dict(run.progress.memory)
+    scale = updater.precision.loss_scale
+    if scale is not None and run.progress.loss_scale is not None:
+        scale.value, since = run.progress.loss_scale
+        scale.since = int(since)
 
 
 def _compute(config: Config, dataset: Dataset, parallel: Parallel, method: Method) -> Compute | None:

@@ -296,11 +296,13 @@ def _deepspeed() -> Any:
         with _quiet():
             import deepspeed
             from deepspeed.utils import logger
+
+            if os.environ["DS_ACCELERATOR"] == "cpu":
+                # Otherwise it compiles a minute of C++, for an all-reduce of its inference engine.
+                deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     except ImportError as error:
         raise InputError(f"ZeRO needs DeepSpeed ({error}): pip install -c constraints.txt -e '.[deepspeed]'") from None
     logger.setLevel(logging.ERROR)
-    # Otherwise it compiles a minute of C++ on a CPU, for an all-reduce of its inference engine.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 

@@ -216,7 +216,7 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         hashed.update(f"\0{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        hashed.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        hashed.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return hashed.hexdigest()
 
 

@@ -84,6 +84,7 @@ def export_program(bundle: Bundle, file: Path, kind: str, net: str | None = None
 
 def _trimmed(program: ExportedProgram) -> ExportedProgram:
     """Without the weights that only nets use which were not asked for."""
+    program.graph.eliminate_dead_code()
     signature = program.graph_signature
     idle = {node.name: node for node in program.graph.nodes if node.op == "placeholder" and not node.users}
     for spec in [spec for spec in signature.input_specs if spec.target and spec.arg.name in idle]:

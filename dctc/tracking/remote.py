@@ -102,7 +102,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Event:
-    """Something other than a metric: a picture, a file or the model (``file`` as an absolute path), or the final status."""
+    """Something other than a metric: a picture, a file or the model (absolute, in ``file``), or the final status."""
 
     kind: Literal["picture", "artifact", "model", "status"]
     time: float

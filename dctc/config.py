@@ -203,8 +203,8 @@ class RunConfig(_Section):
 class TrackingConfig(_Section):
     """MLflow; ``uri: null`` means MLFLOW_TRACKING_URI, else sqlite:///mlflow.db beside the runs folder.
 
-    ``tags`` go to the run beside dctc's own; a sweep says there which row of its table the run is. ``register_as`` names
-    the registered model of which the finished run's model becomes a version.
+    ``tags`` go to the run beside dctc's own; a sweep says there which row of its table the run is. The
+    finished run's model becomes a version of the registered model ``register_as``.
     """
 
     enabled: bool = True

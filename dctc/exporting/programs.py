@@ -8,6 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,13 +79,15 @@ def export_program(bundle: Bundle, file: Path, kind: str, net: str | None = None
             f"{file}: cannot be written ({error.strerror or error}); name another place by --out"
         ) from None
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
     return Exported(file, chosen, difference)
 
 
 def _trimmed(program: ExportedProgram) -> ExportedProgram:
     """Without the weights that only nets use which were not asked for."""
-    program.graph.eliminate_dead_code()
+    # ReLU in place counts as an effect to torch; where nobody uses its result, it is none.
+    program.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or "assert" in str(node.target))
     signature = program.graph_signature
     idle = {node.name: node for node in program.graph.nodes if node.op == "placeholder" and not node.users}
     for spec in [spec for spec in signature.input_specs if spec.target and spec.arg.name in idle]:

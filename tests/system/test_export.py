@@ -187,7 +187,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(
     model = model_of(tmp_path)
     blocked = tmp_path / "file"
     blocked.write_text("")
-    cases = [
+    cases: list[tuple[tuple[object, ...], str]] = [
         (("--format", "onnx", "--net", "s3"), "it has s1, s2, mean, teacher"),
         (("--format", "torch", "--out", blocked / "x.pt2"), "cannot be written"),
         (("--format", "torch", "--register", "towns"), "--format mlflow"),

@@ -1,4 +1,4 @@
-"""Model files that dctc did not write, or not for this: `dctc predict` and `evaluate` refuse them in one line, exit 2."""
+"""Model files that are damaged or not for this: `dctc predict` and `evaluate` refuse them in one line, exit 2."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from dctc.cli import main
 from tests.tiny import ROOT, SCRIPTS, run, write_config
 
 CLASSES = 6
+SERVE = ["models", "serve", "-m", "models:/towns/1", "--env-manager", "local", "-h", "127.0.0.1"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Tra
     )
     run("dctc", "train", config, PYTHONPATH=str(ROOT))
     file = folder / "runs" / "synthetic-scene" / "run" / "model.safetensors"
-    scene = sorted((tiny_dataset.parent / "scenes").glob("*_RGB.tif"))[0]
+    scene = min((tiny_dataset.parent / "scenes").glob("*_RGB.tif"))
     done = run("dctc", "predict", file, scene, "--out", folder / "maps", "--json", PYTHONPATH=str(ROOT))
     (version,) = MlflowClient(uri).search_model_versions("name='towns'")
     return Tracked(uri, str(version.run_id), file, scene, Path(json.loads(done.stdout)[0]["files"][0]))
@@ -192,12 +193,11 @@ def test_mlflow_serves_the_registered_model(tracked: Tracked, tmp_path: Path) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["models", "serve", "-m", "models:/towns/1", "--env-manager", "local", "-h", "127.0.0.1"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"MLFLOW_TRACKING_URI": tracked.uri, "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(
-            [str(SCRIPTS / "mlflow"), *command, "-p", str(port), "--workers", "1"], cwd=tmp_path, env=environment,
+            [str(SCRIPTS / "mlflow"), *SERVE, "-p", str(port), "--workers", "1"], cwd=tmp_path, env=environment,
             stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:

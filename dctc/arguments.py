@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,11 +14,42 @@ from shards.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from dctc.bundle import Bundle
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="settings that win over the file")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
 Device = Annotated[str, typer.Option(help="auto (a GPU when there is one), cpu, cuda or cuda:1")]
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="RUN/model.safetensors, or in MLflow models:/NAME/1 or runs:/ID/model")
+]
+
+
+@contextmanager
+def loaded_model(text: str, device: torch.device | str) -> Iterator[tuple[Bundle, Path]]:
+    """The model that MODEL names, and its file, which lasts as long as the context; raises :class:`InputError`."""
+    from dctc.bundle import Bundle
+    from dctc.tracking.package import model_file
+    from dctc.tracking.run import resolve_uri
+
+    with model_file(text, resolve_uri(None, Path("runs"))) as file:
+        yield Bundle.load(file, device), file
+
+
+def load_model(text: str, device: torch.device | str) -> Bundle:
+    """The model that MODEL names; raises :class:`InputError`."""
+    with loaded_model(text, device) as (bundle, _):
+        return bundle
+
+
+def beside_model(text: str) -> Path:
+    """The folder for what is made of a model: the file's own, the working directory for one of MLflow."""
+    from dctc.tracking.package import is_uri
+
+    path = Path(text)
+    return Path() if is_uri(text) else path if path.is_dir() else path.parent
 
 
 def own_folder(text: str) -> Path:

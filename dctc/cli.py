@@ -14,7 +14,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dctc.arguments import AsJson, Device, Overrides, band_numbers, device_of, own_folder
+from dctc.arguments import (
+    AsJson,
+    Device,
+    Model,
+    Overrides,
+    band_numbers,
+    beside_model,
+    device_of,
+    load_model,
+    own_folder,
+)
+from dctc.exporting.command import export
 from dctc.terminal import out, progress_bar, show_dataset, show_evaluation
 from shards.errors import InputError
 
@@ -218,7 +229,7 @@ def sweep(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="RUN/model.safetensors")],
+    model: Model,
     folder: Annotated[str, typer.Argument(metavar="DATASET", help="folder or URL")],
     split: Annotated[str, typer.Option(help="train, val or test")] = "test",
     batch: Annotated[int, typer.Option(min=1, help="tiles at once")] = 8,
@@ -230,14 +241,13 @@ def evaluate(
 
     Example: dctc evaluate runs/synthetic-scene/dctc-1_8-s0/model.safetensors datasets/synthetic --split test
     """
-    from dctc.bundle import Bundle
     from dctc.evaluation.model import evaluate_model
     from dctc.evaluation.report import write_evaluation
     from shards.manifest import Dataset
 
-    bundle = Bundle.load(model, device_of(device))
+    bundle = load_model(model, device_of(device))
     evaluation = evaluate_model(bundle, Dataset.open(folder), split, batch)
-    destination = report or model.parent / f"evaluation-{split}"
+    destination = report or beside_model(model) / f"evaluation-{split}"
     write_evaluation(destination, evaluation, split)
     if as_json:
         print(json.dumps(evaluation.as_record(), indent=1))
@@ -248,7 +258,7 @@ def evaluate(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="RUN/model.safetensors")],
+    model: Model,
     scenes: Annotated[list[Path], typer.Argument(metavar="SCENE...", help="rasters with the model's bands")],
     folder: Annotated[Path, typer.Option("--out", help="folder for the maps", parser=own_folder)],
     net: Annotated[str | None, typer.Option(help="s1, s2, mean or teacher; default: the headline")] = None,
@@ -268,11 +278,10 @@ def predict(
 
     Example: dctc predict runs/synthetic-scene/dctc-1_8-s0/model.safetensors scene.tif --out maps --entropy
     """
-    from dctc.bundle import Bundle
     from dctc.mapping.predict import predict_scene
 
     chosen = device_of(device)
-    bundle = Bundle.load(model, chosen)
+    bundle = load_model(model, chosen)
     numbers = band_numbers(bands)
     if len({scene.stem for scene in scenes}) < len(scenes):
         raise InputError("two scenes have the same file name, and so would their maps: predict them into two folders")
@@ -289,6 +298,9 @@ def predict(
             out.print(f"{', '.join(written)} ({maps.pixels_per_s / 1e6:.2f} Mpx/s)", markup=False)
     if as_json:
         print(json.dumps(records, indent=1))
+
+
+app.command()(export)
 
 
 @app.command()

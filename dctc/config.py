@@ -203,11 +203,13 @@ class RunConfig(_Section):
 class TrackingConfig(_Section):
     """MLflow; ``uri: null`` means MLFLOW_TRACKING_URI, else sqlite:///mlflow.db beside the runs folder.
 
-    ``tags`` go to the run beside dctc's own; a sweep says there which row of its table the run is.
+    ``tags`` go to the run beside dctc's own; a sweep says there which row of its table the run is. The
+    finished run's model becomes a version of the registered model ``register_as``.
     """
 
     enabled: bool = True
     uri: str | None = None
+    register_as: str | None = None
     tags: dict[str, str] = {}
 
 

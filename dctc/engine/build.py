@@ -263,7 +263,8 @@ def finish(trainer: Trainer, config: Config) -> None:
     if evaluation is not None:
         tracker.metrics(evaluation.as_metrics("test"), progress.rounds)
         print(f"test mIoU {evaluation.scores(trainer.method.headline).miou:.4f} ({trainer.method.headline})")
-    files = [model, report, watch.folder / "config.yaml", *watch.folder.glob("test-*")]
+    tracker.model(model)
+    files = [report, watch.folder / "config.yaml", *watch.folder.glob("test-*")]
     for file in files if tiles is None else [*files, tiles]:
         tracker.artifact(file)
     print(f"model {model}\nreport {report}")

@@ -38,6 +38,9 @@ class Tracker(Protocol):
     def artifact(self, file: Path) -> None:
         """A file of the run."""
 
+    def model(self, file: Path) -> None:
+        """The run's model file."""
+
     def finish(self, status: str) -> None:
         """The end: FINISHED, FAILED or KILLED."""
 

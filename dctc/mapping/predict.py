@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dctc.mapping.blend import Accumulator
 from dctc.mapping.raster import Layer, MapSet, Scene
-from dctc.mapping.windows import Band, Grid
+from dctc.mapping.windows import Band, Grid, reflect
 from shards.errors import InputError
 from shards.manifest import IGNORE, ClassInfo
 
@@ -293,12 +293,4 @@ def _strips(source: Scene, grid: Grid) -> Iterator[_Strip]:
             values = np.concatenate([values[:, values.shape[1] - kept :], fresh_values], axis=1)
             valid = np.concatenate([valid[valid.shape[0] - kept :], fresh_valid], axis=0)
         bottom = band.bottom
-        yield band, _reflect(values, grid.tile), _reflect(valid, grid.tile)
-
-
-def _reflect(strip: NDArray[Any], tile: int) -> NDArray[Any]:
-    """Grow the last two sides to ``tile`` at least, mirrored at the end, as often as it takes."""
-    height, width = (max(0, tile - side) for side in strip.shape[-2:])
-    if not height and not width:
-        return strip
-    return np.pad(strip, [(0, 0)] * (strip.ndim - 2) + [(0, height), (0, width)], mode="reflect")
+        yield band, reflect(values, grid.tile), reflect(valid, grid.tile)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shards.errors import InputError
 
@@ -83,3 +87,11 @@ def spread(size: int, tile: int, stride: int) -> tuple[int, ...]:
         return (0,)
     steps = math.ceil((size - tile) / stride)
     return tuple(step * (size - tile) // steps for step in range(steps + 1))
+
+
+def reflect(strip: NDArray[Any], tile: int) -> NDArray[Any]:
+    """Grow the last two sides to ``tile`` at least, mirrored at the end, as often as it takes."""
+    height, width = (max(0, tile - side) for side in strip.shape[-2:])
+    if not height and not width:
+        return strip
+    return np.pad(strip, [(0, 0)] * (strip.ndim - 2) + [(0, height), (0, width)], mode="reflect")

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dctc.networks.block import Block
 from dctc.networks.channel_attention import ChannelAttention
-from dctc.networks.unet import double_convolution
+from dctc.networks.unet import double_convolution, pad_to_stride
 
 BACKBONES = True  # this network is not whole without one
 
@@ -97,9 +97,8 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images [B,bands,H,W], their last row and column repeated up to a multiple of the stride, to feature maps,
         finest first."""
-        down, right = (-size % self.stride for size in images.shape[-2:])
-        padded = F.pad(images, (0, right, 0, down), mode="replicate") if down or right else images
-        return [attention(m) for attention, m in zip(self.attention, self.trunk(padded), strict=True)]
+        maps = self.trunk(pad_to_stride(images, self.stride))
+        return [attention(m) for attention, m in zip(self.attention, maps, strict=True)]
 
 
 class Decoder(nn.Module):

@@ -62,10 +62,19 @@ def stage_widths(width: int) -> list[int]:
     return [width * 2**stage for stage in range(STAGES)]
 
 
-def pad_to_stride(images: Tensor) -> Tensor:
-    """Repeat the last row and column until height and width are multiples of the stride."""
+def pad_to_stride(images: Tensor, stride: int = STRIDE) -> Tensor:
+    """Repeat the last row and column until height and width are multiples of the stride.
+
+    While torch.export looks on, without a branch on the size: one graph then serves all sizes.
+    """
     height, width = images.shape[-2:]
-    down, right = -height % STRIDE, -width % STRIDE
+    if torch.compiler.is_exporting():
+        rows, columns = (
+            torch.arange((size + stride - 1) // stride * stride, device=images.device).clamp(max=size - 1)
+            for size in (height, width)
+        )
+        return images.index_select(-2, rows).index_select(-1, columns)
+    down, right = -height % stride, -width % stride
     if not down and not right:
         return images
     return F.pad(images, (0, right, 0, down), mode="replicate")
@@ -122,7 +131,8 @@ class Decoder(nn.Module):
         for up, block, skip in zip(self.ups, self.blocks, reversed(features[:-1]), strict=True):
             current = block(torch.cat([skip, up(current)], dim=1))
         logits: Tensor = self.head(current)
-        return logits if logits.shape[-2:] == tuple(size) else logits[..., : size[0], : size[1]]
+        whole = not torch.compiler.is_exporting() and logits.shape[-2:] == tuple(size)
+        return logits if whole else logits[..., : size[0], : size[1]]
 
 
 class UNet(EncoderDecoder):

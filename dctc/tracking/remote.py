@@ -72,6 +72,7 @@ class RunSettings:
         run_id: of the MLflow run to continue, when a checkpoint knows it.
         resumed_step: the step from which the run goes on; None for a run that starts afresh.
         started: Unix seconds.
+        register: the registered model of which the run's model becomes a version; None for none.
     """
 
     folder: Path
@@ -84,6 +85,7 @@ class RunSettings:
     run_id: str | None = None
     resumed_step: int | None = None
     started: float = 0.0
+    register: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values for :meth:`from_json`, without the folder, which may be moved."""
@@ -100,9 +102,9 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Event:
-    """Something other than a metric: a picture, a file (``file`` as an absolute path), or the run's final status."""
+    """Something other than a metric: a picture, a file or the model (absolute, in ``file``), or the final status."""
 
-    kind: Literal["picture", "artifact", "status"]
+    kind: Literal["picture", "artifact", "model", "status"]
     time: float
     file: str = ""
     key: str = ""
@@ -135,7 +137,7 @@ class RemoteRun:
     def connect(self) -> None:
         """Find the run or make it, log what it lacks (tags, params, dataset) and mark it running."""
         client = load_mlflow()(tracking_uri=self._settings.uri)
-        experiment = _experiment(client, self._settings)
+        experiment = experiment_of(client, self._settings.experiment)
         run = self._find(client, experiment) or self._create(client, experiment)
         self.run_id = run.info.run_id
         self._save_identity()
@@ -172,6 +174,9 @@ class RemoteRun:
             return
         if not Path(event.file).is_file():
             raise Refused(f"{event.file} is gone")
+        if event.kind == "model":
+            self._send_model(client, run_id, Path(event.file))
+            return
         if event.kind == "artifact":
             _taken(client.log_artifact, run_id, event.file)
             return
@@ -182,6 +187,13 @@ class RemoteRun:
         key = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", event.key)
         stamp = round(event.time * 1000)
         _taken(client.log_image, run_id, picture, key=key, step=event.step, timestamp=stamp, synchronous=True)
+
+    def _send_model(self, client: MlflowClient, run_id: str, file: Path) -> None:
+        from dctc.tracking.package import log_model, register
+
+        source = log_model(client, run_id, file, self._settings.tags.get("headline", "s1"))
+        if self._settings.register:
+            _taken(register, client, self._settings.register, source, run_id)
 
     def _open(self) -> tuple[MlflowClient, str]:
         if self._client is None or self.run_id is None:
@@ -286,25 +298,24 @@ def _get_run(client: MlflowClient, run_id: str) -> Run | None:
     return run if run.info.lifecycle_stage == "active" else None
 
 
-def _experiment(client: MlflowClient, settings: RunSettings) -> str:
-    """The id of the experiment, which is made when missing."""
+def experiment_of(client: MlflowClient, name: str) -> str:
+    """The id of an experiment, which is made when missing."""
     from mlflow.exceptions import MlflowException
 
-    experiment = client.get_experiment_by_name(settings.experiment)
+    experiment = client.get_experiment_by_name(name)
     if experiment is None:
         # Without a server MLflow would put the files under the working directory of whoever made the experiment.
-        database = settings.uri.removeprefix("sqlite:///").partition("?")[0]
-        files = (Path(database).parent / "mlartifacts").as_uri() if settings.uri.startswith("sqlite:") else None
+        uri = client.tracking_uri
+        database = uri.removeprefix("sqlite:///").partition("?")[0]
+        files = (Path(database).parent / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
         try:
-            return client.create_experiment(settings.experiment, artifact_location=files)
+            return client.create_experiment(name, artifact_location=files)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            experiment = client.get_experiment_by_name(settings.experiment)  # a run beside this one was faster
+            experiment = client.get_experiment_by_name(name)  # a run beside this one was faster
     if experiment is None or experiment.lifecycle_stage != "active":
-        raise RuntimeError(
-            f"experiment {settings.experiment!r} is in MLflow's bin: restore it there, or set another run.experiment"
-        )
+        raise RuntimeError(f"experiment {name!r} is in MLflow's bin: restore it there, or set another run.experiment")
     return str(experiment.experiment_id)
 
 

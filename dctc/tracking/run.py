@@ -1,7 +1,8 @@
 """The tracker of a run: ``metrics.jsonl`` always, MLflow when it is enabled, nothing on any rank but the first.
 
 All three trackers have the same methods, those that the trainer asks for: ``metrics``, ``picture``, ``artifact``,
-``finish``, ``run_id``. None of them raises because a tracking server is away, and none waits for one while training.
+``model``, ``finish``, ``run_id``. None of them raises because a tracking server is away, and none waits for one while
+training.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ class SilentTracker:
     def artifact(self, file: Path) -> None:
         """Nothing."""
 
+    def model(self, file: Path) -> None:
+        """Nothing."""
+
     def finish(self, status: str) -> None:
         """Nothing."""
 
@@ -74,6 +78,9 @@ class JsonTracker:
         """Nothing: ``file`` stays where it is."""
 
     def artifact(self, file: Path) -> None:
+        """Nothing: ``file`` stays where it is."""
+
+    def model(self, file: Path) -> None:
         """Nothing: ``file`` stays where it is."""
 
     def finish(self, status: str) -> None:
@@ -122,6 +129,10 @@ class MlflowTracker:
     def artifact(self, file: Path) -> None:
         """A file of the run; it must stay until it is sent."""
         self._delivery.put(Event("artifact", time.time(), file=str(file.resolve())))
+
+    def model(self, file: Path) -> None:
+        """The run's model file, sent as the MLflow model ``runs:/ID/model`` and registered when the settings say so."""
+        self._delivery.put(Event("model", time.time(), file=str(file.resolve())))
 
     def flush(self, seconds: float = 10.0) -> bool:
         """Wait, at most ``seconds``, until all has arrived at the server; whether it has."""

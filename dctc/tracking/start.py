@@ -59,6 +59,7 @@ def start_tracking(
         dataset=describe_dataset(dataset),
         run_id=run_id,
         resumed_step=resumed_step,
+        register=config.tracking.register_as,
     )
     return open_tracker(settings, main_process=main_process, enabled=config.tracking.enabled)
 

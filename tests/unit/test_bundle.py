@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dctc.bundle import METADATA_KEY, SCHEMA_VERSION, Bundle, Description, save_bundle
+from dctc.bundle import DIGEST_KEY, METADATA_KEY, SCHEMA_VERSION, Bundle, Description, digest, save_bundle
 from dctc.methods import Method, build_method, inference
 from dctc.networks import NetworkSpec
 from shards.errors import InputError
@@ -71,7 +71,8 @@ def rewritten(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], 
     tensors, metadata = contents(path)
     record = json.loads(metadata[METADATA_KEY])
     change(tensors, record)
-    save_file(tensors, path, {METADATA_KEY: json.dumps(record)})
+    text = json.dumps(record)
+    save_file(tensors, path, {METADATA_KEY: text, DIGEST_KEY: digest(text, tensors)})
     return path
 
 
@@ -112,7 +113,7 @@ def test_every_tensor_is_in_the_file_by_part_and_name(tmp_path: Path) -> None:
     expected = {f"{part}.{key}": value for part, m in method.parts.items() for key, value in m.state_dict().items()}
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[key], value) for key, value in expected.items())
-    assert set(metadata) == {METADATA_KEY}
+    assert set(metadata) == {METADATA_KEY, DIGEST_KEY}
     assert json.loads(metadata[METADATA_KEY])["schema_version"] == SCHEMA_VERSION
 
 
@@ -213,7 +214,7 @@ def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
     for name, write in (("a.safetensors", pickle.dump), ("b.safetensors", torch.save)):
         with (tmp_path / name).open("wb") as file:
             write(Trap(), file)
-        refused(tmp_path / name)
+        assert "a pickle" in refused(tmp_path / name)
     assert not marker.exists()
 
 
@@ -228,6 +229,29 @@ def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     message = refused(rewritten(path, lambda _, record: record.update(schema_version=SCHEMA_VERSION + 1)))
     assert f"schema {SCHEMA_VERSION + 1}" in message
     assert "update dctc" in message
+
+
+def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
+    path, _ = saved(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    assert "SHA-256" in refused(path)
+    text = contents(saved(tmp_path)[0])[1][METADATA_KEY]
+    path.write_bytes(path.read_bytes().replace(b"class 1", b"class 7"))
+    assert contents(path)[1][METADATA_KEY] != text
+    assert "SHA-256" in refused(path)
+
+
+def test_a_file_of_the_first_schema_has_no_digest_and_is_read(tmp_path: Path) -> None:
+    path = saved(tmp_path)[0]
+    tensors, metadata = contents(path)
+    record = json.loads(metadata[METADATA_KEY]) | {"schema_version": 1}
+    save_file(tensors, path, {METADATA_KEY: json.dumps(record)})
+    assert Bundle.load(path).description == DESCRIPTION
+    record["schema_version"] = SCHEMA_VERSION
+    save_file(tensors, path, {METADATA_KEY: json.dumps(record)})
+    assert "SHA-256" in refused(path)
 
 
 def set_key(key: str, value: Any) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
@@ -255,6 +279,15 @@ def set_key(key: str, value: Any) -> Callable[[dict[str, Tensor], dict[str, Any]
         pytest.param(set_key("network", {"bands": 3, "classes": 4, "name": "other"}), id="unknown network"),
         pytest.param(set_key("network", 3), id="network of another type"),
         pytest.param(set_key("classes", [{"name": "a"}]), id="class without a colour"),
+        pytest.param(set_key("network", {"bands": 3, "classes": 4, "width": 10**7}), id="network larger than memory"),
+        pytest.param(lambda tensors, _: tensors.update({"s1.head.bias": tensors["s1.head.bias"].half()}), id="half"),
+        pytest.param(set_key("dtype", "float64"), id="unknown pixel type"),
+        pytest.param(set_key("tile_size", 0), id="no tile"),
+        pytest.param(set_key("tile_size", "64"), id="tile size of another type"),
+        pytest.param(set_key("mean", [1.0, float("nan"), 0.0]), id="mean that is no number"),
+        pytest.param(set_key("std", [1.0, -1.0, 1.0]), id="negative deviation"),
+        pytest.param(set_key("mean", ["1", "2", "3"]), id="means as texts"),
+        pytest.param(set_key("bands", [1, 2, 3]), id="bands without names"),
         pytest.param(set_key("bands", ["red"]), id="fewer bands than the network"),
         pytest.param(set_key("mean", [0.0]), id="fewer means than bands"),
         pytest.param(set_key("std", [1.0] * 4), id="more deviations than bands"),

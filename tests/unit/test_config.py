@@ -261,6 +261,7 @@ FREE = {
     "run.checkpoint_every": 7, "run.keep": 5, "run.resume": "never", "run.pictures_every": 9, "run.log_every": 3,
     "tracking.enabled": False, "tracking.uri": "http://x", "evaluation.every": 4, "evaluation.batch": 2,
     "evaluation.pictures": 1, "evaluation.test": False, "run.profile": "2..3", "optimizer.nonfinite": "skip",
+    "tracking.register_as": "towns",
 }  # fmt: skip
 DECIDING = {
     "data.labelled_share": "1/4", "data.batch_labelled": 8, "data.batch_unlabelled": 8, "data.augment": "flips",

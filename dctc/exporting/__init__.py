@@ -1,0 +1,1 @@
+"""A model for other people's programs: ONNX, torch.export, MLflow."""

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dctc.arguments import AsJson, Device, Overrides, band_numbers, device_of, own_folder
-from dctc.terminal import out, progress_bar, show_dataset, show_evaluation
+from dctc.scoring_commands import evaluate, suggest
+from dctc.terminal import out, progress_bar, show_dataset
 from shards.errors import InputError
 
 app = typer.Typer(
@@ -216,34 +217,7 @@ def sweep(
     raise typer.Exit(runner())
 
 
-@app.command()
-def evaluate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="RUN/model.safetensors")],
-    folder: Annotated[str, typer.Argument(metavar="DATASET", help="folder or URL")],
-    split: Annotated[str, typer.Option(help="train, val or test")] = "test",
-    batch: Annotated[int, typer.Option(min=1, help="tiles at once")] = 8,
-    report: Annotated[Path | None, typer.Option("--out", help="folder for tables and confusion matrices")] = None,
-    device: Device = "auto",
-    as_json: AsJson = False,
-) -> None:
-    """Score every net of a model on the tiles of a split: all metrics, per class, confusion matrix, time and memory.
-
-    Example: dctc evaluate runs/synthetic-scene/dctc-1_8-s0/model.safetensors datasets/synthetic --split test
-    """
-    from dctc.bundle import Bundle
-    from dctc.evaluation.model import evaluate_model
-    from dctc.evaluation.report import write_evaluation
-    from shards.manifest import Dataset
-
-    bundle = Bundle.load(model, device_of(device))
-    evaluation = evaluate_model(bundle, Dataset.open(folder), split, batch)
-    destination = report or model.parent / f"evaluation-{split}"
-    write_evaluation(destination, evaluation, split)
-    if as_json:
-        print(json.dumps(evaluation.as_record(), indent=1))
-        return
-    show_evaluation(evaluation.as_record(), bundle.headline)
-    out.print(f"tables and confusion matrices in {destination}", markup=False)
+app.command()(evaluate)
 
 
 @app.command()
@@ -289,6 +263,9 @@ def predict(
             out.print(f"{', '.join(written)} ({maps.pixels_per_s / 1e6:.2f} Mpx/s)", markup=False)
     if as_json:
         print(json.dumps(records, indent=1))
+
+
+app.command()(suggest)
 
 
 @app.command()

@@ -20,6 +20,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bundle": {"methods", "networks"},
     "evaluation": {"bundle", "data", "methods", "tracking.figures"},  # pictures; the rest of tracking knows MLflow
     "mapping": {"bundle", "methods"},
+    "suggest": {"bundle", "data", "evaluation", "methods"},
+    "scoring_commands": {"arguments", "bundle", "evaluation", "suggest", "terminal"},
     "engine": {"bundle", "config", "data", "evaluation", "methods", "networks"},
     "batch_size": {"config", "methods", "networks"},
     "config": set(),
@@ -38,6 +40,7 @@ SHARDS_FOR_ROOM = {
     "tracking": {"errors", "manifest"},
     "arguments": {"errors"},
     "terminal": {"manifest", "summary"},
+    "suggest": SHARDS_FOR_DCTC | {"tiles"},
     "networks": set(),
     "methods": set(),
 }

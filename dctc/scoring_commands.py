@@ -1,0 +1,96 @@
+"""The commands that hold a model against data: ``dctc evaluate`` and ``dctc suggest``; dctc.cli takes them over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dctc.arguments import AsJson, Device, device_of
+from dctc.terminal import out, progress_bar, show_evaluation
+from shards.errors import InputError
+
+
+def suggest(
+    folder: Annotated[str, typer.Argument(metavar="DATASET", help="folder or URL")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="RUN/model.safetensors")],
+    budget: Annotated[int, typer.Option(min=1, help="how many tiles to label next")],
+    file: Annotated[Path, typer.Option("--out", help="GeoPackage of their footprints; lists of ids lie beside it")],
+    share: Annotated[
+        str | None, typer.Option("--labelled-share", help="as in training: all other tiles count as unlabelled")
+    ] = None,
+    net: Annotated[str | None, typer.Option(help="whose entropy counts; default: the headline")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="tiles at once")] = 8,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Suggest which unlabelled training tiles to label next: where the model is uncertain, spread over the scenes.
+
+    Example: dctc suggest datasets/synthetic runs/synthetic-scene/dctc-1_8-s0/model.safetensors --budget 20
+    --labelled-share 1/8 --out tiles.gpkg
+    """
+    from dctc.bundle import Bundle
+    from dctc.suggest.choose import suggest as chosen_of
+    from dctc.suggest.files import records_of, write_footprints, write_lists
+    from shards.manifest import Dataset, parse_share
+
+    if "://" in str(file) or file.suffix != ".gpkg":
+        raise InputError(f"--out {file}: name a GeoPackage of this machine, as tiles.gpkg")
+    dataset = Dataset.open(folder)
+    with progress_bar("tiles") as advance:
+        chosen = chosen_of(
+            Bundle.load(model, device_of(device)), dataset, budget,
+            share=None if share is None else parse_share(share), net=net, batch=batch, progress=advance,
+        )  # fmt: skip
+    records = records_of(dataset, chosen)
+    lists = write_lists(file, dataset, chosen)
+    layers = write_footprints(file, records)
+    overrides = ["labelled.by=tile", "splits.protocol=files", "splits.files.rest=drop"]
+    overrides += [f"{key}={path.resolve()}" for key, path in lists.items()]
+    total = dataset.manifest.labelled.total
+    wanted = "1" if share is None else f"{len(chosen.labelled) + budget}/{total}"
+    if as_json:
+        tiles = [{key: value for key, value in record.items() if key not in ("crs", "corners")} for record in records]
+        facts = {"tiles": tiles, "candidates": chosen.candidates, "labelled": len(chosen.labelled), "layers": layers}
+        print(json.dumps(facts | {"shard_overrides": overrides, "labelled_share": wanted}, indent=1))
+        return
+    for record in records:
+        out.print(f"{record['rank']:>4}  {record['tile']}  {record['score']:.3f}", markup=False)
+    scenes = len({record["scene"] for record in records})
+    out.print(
+        f"{budget} of {chosen.candidates} unlabelled tiles, in {scenes} scenes; footprints in {file}", markup=False
+    )
+    out.print(f"when they are labelled: dctc shard RECIPE OUT {' '.join(overrides)}", markup=False)
+    out.print(f"and train with data.labelled_share={wanted}", markup=False)
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="RUN/model.safetensors")],
+    folder: Annotated[str, typer.Argument(metavar="DATASET", help="folder or URL")],
+    split: Annotated[str, typer.Option(help="train, val or test")] = "test",
+    batch: Annotated[int, typer.Option(min=1, help="tiles at once")] = 8,
+    report: Annotated[Path | None, typer.Option("--out", help="folder for tables and confusion matrices")] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Score every net of a model on the tiles of a split: all metrics, per class, confusion matrix, time and memory.
+
+    Example: dctc evaluate runs/synthetic-scene/dctc-1_8-s0/model.safetensors datasets/synthetic --split test
+    """
+    from dctc.bundle import Bundle
+    from dctc.evaluation.model import evaluate_model
+    from dctc.evaluation.report import write_evaluation
+    from shards.manifest import Dataset
+
+    bundle = Bundle.load(model, device_of(device))
+    evaluation = evaluate_model(bundle, Dataset.open(folder), split, batch)
+    destination = report or model.parent / f"evaluation-{split}"
+    write_evaluation(destination, evaluation, split)
+    record: dict[str, Any] = evaluation.as_record()
+    if as_json:
+        print(json.dumps(record, indent=1))
+        return
+    show_evaluation(record, bundle.headline)
+    out.print(f"tables and confusion matrices in {destination}", markup=False)

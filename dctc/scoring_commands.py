@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dctc.arguments import AsJson, Device, device_of
-from dctc.terminal import out, progress_bar, show_evaluation
+from dctc.terminal import out, progress_bar, show_evaluation, show_scenes
 from shards.errors import InputError
 
 
@@ -72,25 +72,46 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, val or test")] = "test",
     batch: Annotated[int, typer.Option(min=1, help="tiles at once")] = 8,
     report: Annotated[Path | None, typer.Option("--out", help="folder for tables and confusion matrices")] = None,
+    scenes: Annotated[bool, typer.Option("--scenes", help="also map the split's scenes and score the maps")] = False,
+    root: Annotated[Path | None, typer.Option(help="with --scenes: the folder that `dctc shard --root` had")] = None,
+    net: Annotated[str | None, typer.Option(help="with --scenes: whose maps; default: the headline")] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Score every net of a model on the tiles of a split: all metrics, per class, confusion matrix, time and memory.
 
-    Example: dctc evaluate runs/synthetic-scene/dctc-1_8-s0/model.safetensors datasets/synthetic --split test
+    Example: dctc evaluate runs/synthetic-scene/dctc-1_8-s0/model.safetensors datasets/synthetic --scenes
+    --root scenes/synthetic
     """
+    if not scenes and (root is not None or net is not None):
+        raise InputError("--root and --net are for --scenes")
     from dctc.bundle import Bundle
     from dctc.evaluation.model import evaluate_model
     from dctc.evaluation.report import write_evaluation
     from shards.manifest import Dataset
 
     bundle = Bundle.load(model, device_of(device))
-    evaluation = evaluate_model(bundle, Dataset.open(folder), split, batch)
+    dataset = Dataset.open(folder)
+    whole = None
+    if scenes:
+        from dctc.whole_scenes.score import ScenesToScore
+
+        whole = ScenesToScore.of(bundle, dataset, split, root or Path(), net)  # what cannot be scored is said at once
+    evaluation = evaluate_model(bundle, dataset, split, batch)
     destination = report or model.parent / f"evaluation-{split}"
     write_evaluation(destination, evaluation, split)
     record: dict[str, Any] = evaluation.as_record()
+    if whole is not None:
+        from dctc.whole_scenes.report import write_scenes
+
+        with progress_bar("scenes") as advance:
+            result = whole.score(destination / "maps", batch, bundle.device, advance)
+        write_scenes(destination, result, split)
+        record["scenes"] = result.as_record()
     if as_json:
         print(json.dumps(record, indent=1))
         return
     show_evaluation(record, bundle.headline)
+    if whole is not None:
+        show_scenes(record["scenes"])
     out.print(f"tables and confusion matrices in {destination}", markup=False)

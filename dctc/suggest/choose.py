@@ -158,4 +158,5 @@ def spread(score: Floats, scenes: NDArray[np.integer], budget: int) -> NDArray[n
         of_scene = order[scenes[order] == scene]
         place[of_scene] = np.arange(len(of_scene))
     quota = np.sort(place)[budget - 1] + 1
-    return order[place[order] < quota][:budget]
+    within: NDArray[np.int64] = order[place[order] < quota]
+    return within[:budget]

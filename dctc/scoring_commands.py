@@ -45,8 +45,8 @@ def suggest(
             share=None if share is None else parse_share(share), net=net, batch=batch, progress=advance,
         )  # fmt: skip
     records = records_of(dataset, chosen)
-    lists = write_lists(file, dataset, chosen)
     layers = write_footprints(file, records)
+    lists = write_lists(file, dataset, chosen)
     overrides = ["labelled.by=tile", "splits.protocol=files", "splits.files.rest=drop"]
     overrides += [f"{key}={path.resolve()}" for key, path in lists.items()]
     total = dataset.manifest.labelled.total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,12 @@ def _write_layer(path: Path, name: str, crs: str | None, records: Sequence[dict[
     columns = [np.array([record[field] for record in records]) for field in fields]
     columns = [column.astype(object) if column.dtype.kind == "U" else column for column in columns]
     shapes = shapely.to_wkb([shapely.Polygon(record["corners"]) for record in records])
-    pyogrio.raw.write(
-        path, np.asarray(shapes, object), columns, fields, layer=name, driver="GPKG", geometry_type="Polygon",
-        crs=crs if crs is not None else "", append=path.exists(),
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*crs.*")  # that a layer has none is what its name says
+        pyogrio.raw.write(
+            path, np.asarray(shapes, object), columns, fields, layer=name, driver="GPKG", geometry_type="Polygon",
+            crs=crs, append=path.exists(),
+        )  # fmt: skip
 
 
 def write_lists(path: Path, dataset: Dataset, suggestion: Suggestion) -> dict[str, Path]:

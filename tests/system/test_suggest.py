@@ -17,6 +17,7 @@ import torch
 
 from dctc.bundle import Bundle
 from dctc.suggest.choose import spread, suggest
+from dctc.suggest.files import _corners, write_footprints
 from shards.index import Index, tile_name
 from shards.manifest import Dataset
 from shards.tiles import read_tile
@@ -144,3 +145,27 @@ def test_what_cannot_be(tiny_dataset: Path, tiny_model: Path, tmp_path: Path, mo
     assert done.returncode == 2
     assert said in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layer_for_each_crs(tmp_path: Path) -> None:
+    window = {"row": 64, "col": 32, "height": 32, "width": 32}
+    places = [("EPSG:32633", [2.0, 0, 400_000, 0, -2, 5_800_000]), (None, [1.0, 0, 32, 0, 1, 64]),
+              ("EPSG:4326", [1e-5, 0, 13, 0, -1e-5, 52])]  # fmt: skip
+    records = []
+    for rank, (crs, transform) in enumerate(places, 1):
+        wkt = None if crs is None else rasterio.crs.CRS.from_string(crs).to_wkt()
+        corners = _corners({"crs": wkt, "transform": transform, "window": window})
+        records.append({"rank": rank, "tile": f"t{rank}", "scene": "s", "row": 64, "col": 32, "score": 0.5,
+                        "entropy": 0.1, "disagreement": None, "crs": wkt, "corners": corners})  # fmt: skip
+    layers = write_footprints(tmp_path / "tiles.gpkg", records)
+    assert layers == ["tiles_1", "tiles_2_without_crs", "tiles_3"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiles.gpkg"]
+    bounds = [(400_000, 5_799_936, 400_064, 5_800_000), (32, -96, 64, -64), (13, 51.99968, 13.00032, 52)]
+    for layer, (crs, _), wanted in zip(layers, places, bounds, strict=True):
+        meta, _, shapes, _ = pyogrio.raw.read(tmp_path / "tiles.gpkg", layer=layer)
+        assert shapely.from_wkb(shapes[0]).bounds == pytest.approx(wanted, abs=1e-9)
+        if crs is None:
+            assert "EPSG" not in (meta["crs"] or "")
+            assert "UTM" not in (meta["crs"] or "")
+        else:
+            assert rasterio.crs.CRS.from_user_input(meta["crs"]) == rasterio.crs.CRS.from_string(crs)

@@ -26,7 +26,8 @@ from dctc.arguments import (
     own_folder,
 )
 from dctc.exporting.command import export
-from dctc.terminal import out, progress_bar, show_dataset, show_evaluation
+from dctc.scoring_commands import evaluate, suggest
+from dctc.terminal import out, progress_bar, show_dataset
 from shards.errors import InputError
 
 app = typer.Typer(
@@ -227,33 +228,7 @@ def sweep(
     raise typer.Exit(runner())
 
 
-@app.command()
-def evaluate(
-    model: Model,
-    folder: Annotated[str, typer.Argument(metavar="DATASET", help="folder or URL")],
-    split: Annotated[str, typer.Option(help="train, val or test")] = "test",
-    batch: Annotated[int, typer.Option(min=1, help="tiles at once")] = 8,
-    report: Annotated[Path | None, typer.Option("--out", help="folder for tables and confusion matrices")] = None,
-    device: Device = "auto",
-    as_json: AsJson = False,
-) -> None:
-    """Score every net of a model on the tiles of a split: all metrics, per class, confusion matrix, time and memory.
-
-    Example: dctc evaluate runs/synthetic-scene/dctc-1_8-s0/model.safetensors datasets/synthetic --split test
-    """
-    from dctc.evaluation.model import evaluate_model
-    from dctc.evaluation.report import write_evaluation
-    from shards.manifest import Dataset
-
-    bundle = load_model(model, device_of(device))
-    evaluation = evaluate_model(bundle, Dataset.open(folder), split, batch)
-    destination = report or beside_model(model) / f"evaluation-{split}"
-    write_evaluation(destination, evaluation, split)
-    if as_json:
-        print(json.dumps(evaluation.as_record(), indent=1))
-        return
-    show_evaluation(evaluation.as_record(), bundle.headline)
-    out.print(f"tables and confusion matrices in {destination}", markup=False)
+app.command()(evaluate)
 
 
 @app.command()
@@ -301,6 +276,7 @@ def predict(
 
 
 app.command()(export)
+app.command()(suggest)
 
 
 @app.command()

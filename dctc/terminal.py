@@ -61,3 +61,16 @@ def show_evaluation(record: dict[str, Any], headline: str) -> None:
     agreement = "" if record["agreement"] is None else f"S1 and S2 agree on {record['agreement']:.1%} of the pixels; "
     speed = f"{record['seconds']:.1f} s, {record['tiles_per_s']:.1f} tiles/s"
     out.print(f"{agreement}{speed}, peak memory {record['peak_memory_gib']:.2f} GiB", markup=False)
+
+
+def show_scenes(record: dict[str, Any]) -> None:
+    """Scores of each predicted scene and of all; ``record`` is that of ``SceneScores.as_record``."""
+    kinds = {"miou": "mIoU", "pa": "PA", "f1": "F1", "kappa": "kappa"}
+    titles = [f"{title}{note}" for note in ("", " eroded") for title in kinds.values()]
+    table = Table("scene", *titles, title=f"whole scenes, net {record['net']}, in %")
+    for name, parts in [*record["scenes"].items(), ("total", record["total"])]:
+        scores = [parts[part] or {} for part in ("all", "eroded")]
+        values = [score.get(kind) for score in scores for kind in kinds]
+        cells = ["-" if value is None else f"{100 * value:.1f}" for value in values]
+        table.add_row(name, *cells, style="bold" if name == "total" else "")
+    out.print(table)

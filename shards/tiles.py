@@ -39,15 +39,29 @@ def read_tile(dataset: Dataset, index: Index, row: int) -> Tile:
         image, valid = decode_image(_member(dataset, index, row, "image", file), codec["image"], mask)
         labelled = int(index.label_size[row]) > 0
         label = decode_label(_member(dataset, index, row, "label", file), codec["label"]) if labelled else None
-        file.seek(int(index.meta_offset[row]))
-        try:
-            meta = json.loads(file.read(int(index.meta_size[row])))
-        except ValueError:
-            shard = dataset.shard_name(int(index.shard[row]))
-            raise InputError(
-                f"{shard}: meta of tile {tile_name(dataset, index, row)} is damaged; `dctc verify` says more"
-            ) from None
+        meta = _meta(dataset, index, row, file)
     return Tile(image, np.ones(image.shape[1:], dtype=bool) if valid is None else valid, label, meta)
+
+
+def read_meta(dataset: Dataset, index: Index, row: int) -> dict[str, Any]:
+    """What a tile says of its place: ``scene``, ``window``, ``crs`` (WKT or None) and ``transform`` (six numbers).
+
+    Reads neither pixels nor label. Raises :class:`InputError` where it is damaged.
+    """
+    with dataset.open_shard(int(index.shard[row])) as file:
+        return _meta(dataset, index, row, file)
+
+
+def _meta(dataset: Dataset, index: Index, row: int, file: FileIO) -> dict[str, Any]:
+    file.seek(int(index.meta_offset[row]))
+    try:
+        meta: dict[str, Any] = json.loads(file.read(int(index.meta_size[row])))
+    except ValueError:
+        shard = dataset.shard_name(int(index.shard[row]))
+        raise InputError(
+            f"{shard}: meta of tile {tile_name(dataset, index, row)} is damaged; `dctc verify` says more"
+        ) from None
+    return meta
 
 
 def _member(dataset: Dataset, index: Index, row: int, what: str, file: FileIO) -> bytes:

@@ -41,14 +41,15 @@ def evaluate_model(
     return evaluation
 
 
-def check_fit(bundle: Bundle, dataset: Dataset) -> None:
-    """Raise :class:`InputError` unless bands, pixel type and classes are the model's."""
+def check_fit(bundle: Bundle, dataset: Dataset, *, classes: bool = True) -> None:
+    """Raise :class:`InputError` unless bands, pixel type and, where they matter, classes are the model's."""
     manifest = dataset.manifest
     facts = {
         "bands": (bundle.bands, [band.name for band in manifest.bands]),
         "pixel type": (bundle.dtype, manifest.dtype),
-        "classes": ([c.name for c in bundle.classes], manifest.class_names),
     }
+    if classes:
+        facts["classes"] = ([c.name for c in bundle.classes], manifest.class_names)
     for what, (wanted, found) in facts.items():
         if wanted != found:
             raise InputError(f"{dataset.location}: its {what} are {found}, the model was trained on {wanted}")

@@ -20,6 +20,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bundle": {"methods", "networks"},
     "evaluation": {"bundle", "data", "methods", "tracking.figures"},  # pictures; the rest of tracking knows MLflow
     "mapping": {"bundle", "methods"},
+    "whole_scenes": {"bundle", "evaluation", "mapping", "tracking.figures"},
+    "suggest": {"bundle", "data", "evaluation", "methods"},
+    "scoring_commands": {"arguments", "bundle", "evaluation", "suggest", "terminal", "whole_scenes"},
     "engine": {"bundle", "config", "data", "evaluation", "methods", "networks"},
     "batch_size": {"config", "methods", "networks"},
     "config": set(),
@@ -40,6 +43,8 @@ SHARDS_FOR_ROOM = {
     "tracking": {"errors", "manifest"},
     "arguments": {"errors"},
     "terminal": {"manifest", "summary"},
+    "whole_scenes": SHARDS_FOR_DCTC | {"inputs", "labels", "reading", "recipe", "report", "scenes"},
+    "suggest": SHARDS_FOR_DCTC | {"tiles"},
     "networks": set(),
     "methods": set(),
 }

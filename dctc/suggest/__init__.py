@@ -1,0 +1,1 @@
+"""Which tiles to label next."""

@@ -1,0 +1,1 @@
+"""Scores of whole predicted scenes: what a user of the maps gets."""

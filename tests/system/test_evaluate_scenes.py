@@ -1,0 +1,116 @@
+"""`dctc evaluate --scenes`: whole predicted scenes against labels, with and without class boundaries."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import binary_erosion
+from sklearn.metrics import confusion_matrix
+
+from dctc.whole_scenes.boundaries import STRIP, near_boundary
+from tests.system.oracle import COLORS
+from tests.tiny import run
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path, tiny_model: Path) -> tuple[Path, Any]:
+    out = tmp_path_factory.mktemp("scored") / "scores"
+    done = run(
+        "dctc", "evaluate", tiny_model, tiny_dataset, "--scenes", "--root", tiny_dataset.parent / "scenes",
+        "--out", out, "--json",
+    )  # fmt: skip
+    return out, json.loads(done.stdout)
+
+
+def eroded_by_scipy(labels: NDArray[np.uint8], radius: int = 3) -> NDArray[np.bool_]:
+    """Pixels that no class keeps when its mask, with what is ignored counted in, is eroded by a disc."""
+    y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
+    disc = x * x + y * y <= radius * radius
+    kept = np.zeros(labels.shape, bool)
+    for code in np.unique(labels[labels != 255]):
+        kept |= (labels == code) & binary_erosion((labels == code) | (labels == 255), disc, border_value=1)
+    near: NDArray[np.bool_] = ~kept & (labels != 255)
+    return near
+
+
+def truth_of(path: Path) -> NDArray[np.uint8]:
+    with rasterio.open(path) as file:
+        colors = file.read()
+    ids = np.full(colors.shape[1:], 255, np.uint8)
+    for code, color in enumerate(COLORS):
+        ids[(colors == np.array(color)[:, None, None]).all(0)] = code
+    assert (ids != 255).all()
+    return ids
+
+
+def test_scores_are_those_of_the_maps(scored: tuple[Path, Any], tiny_dataset: Path, tiny_model: Path) -> None:
+    out, record = scored
+    found = record["scenes"]
+    assert record["nets"].keys() >= {"s1", "teacher"}  # tile scores stand beside
+    assert found["net"] == "s1"
+    assert len(found["scenes"]) >= 1
+    totals = {part: np.zeros((6, 6), np.int64) for part in ("all", "eroded")}
+    for name, scores in found["scenes"].items():
+        (label,) = (tiny_dataset.parent / "scenes").rglob(f"top_potsdam_{name}_label.tif")
+        truth = truth_of(label)
+        run("dctc", "predict", tiny_model, label.with_name(label.name.replace("label", "RGB")), "--out", out / "again")
+        with rasterio.open(out / "again" / f"top_potsdam_{name}_RGB_classes.tif") as file:
+            predicted = file.read(1)
+        for part, kept in (("all", truth != 255), ("eroded", ~eroded_by_scipy(truth))):
+            wanted = confusion_matrix(truth[kept], predicted[kept], labels=range(6))
+            assert scores[part]["matrix"] == wanted.tolist()
+            totals[part] += wanted
+        assert scores["unpredicted"] == 0
+    for part, matrix in totals.items():
+        assert found["total"][part]["matrix"] == matrix.tolist()
+    assert found["total"]["eroded"]["pixels"] < found["total"]["all"]["pixels"]
+
+
+def test_files(scored: tuple[Path, Any]) -> None:
+    out, record = scored
+    with (out / "test-scenes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["scene"] for row in rows[::2]] == [*record["scenes"]["scenes"], "total"]
+    assert float(rows[-1]["miou"]) == record["scenes"]["total"]["eroded"]["miou"]
+    for end in ("", "-eroded"):
+        assert (out / f"test-scenes-total{end}.csv").exists()
+        assert (out / f"test-scenes-total{end}-confusion.png").stat().st_size > 1000
+    for name, picture in record["scenes"]["pictures"].items():
+        pixels = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
+        red = (pixels == (200, 20, 30)).all(1).sum()
+        green = (pixels == (225, 240, 225)).all(1).sum()
+        assert red / (red + green) == pytest.approx(1 - record["scenes"]["scenes"][name]["all"]["pa"], abs=0.05)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_boundaries_are_an_erosion(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 4, (STRIP // 10 + 9, 9), np.uint8).repeat(10, 0).repeat(11, 1)  # longer than a strip
+    labels[random.random(labels.shape) < 0.1] = 255
+    assert len(labels) > STRIP
+    assert (near_boundary(labels) == eroded_by_scipy(labels)).all()
+
+
+def test_what_cannot_be(tiny_dataset: Path, tiny_model: Path, tmp_path: Path) -> None:
+    for more, said in (
+        (["--scenes", "--root", tmp_path], "no file matches the image pattern"),
+        (["--root", tmp_path], "--root and --net are for --scenes"),
+    ):
+        done = run("dctc", "evaluate", tiny_model, tiny_dataset, *more, "--out", tmp_path / "out", check=False)
+        assert done.returncode == 2
+        assert said in done.stderr
+    by_tile = tmp_path / "tiles"
+    recipe = "configs/data/synthetic.yaml"
+    scenes = tiny_dataset.parent / "scenes"
+    run("dctc", "shard", recipe, by_tile, "--root", scenes, "--workers", 1, "tile.size=32", "splits.protocol=paper")
+    done = run("dctc", "evaluate", tiny_model, by_tile, "--scenes", "--root", scenes, check=False)
+    assert done.returncode == 2
+    assert "has tiles in test and in train" in done.stderr

@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batch_size": {"config", "methods", "networks"},
     "config": set(),
     "machine": set(),
+    "maps": {"arguments", "bundle", "mapping", "terminal"},
     "arguments": {"engine"},
     "terminal": set(),
     "sweep": {"config", "engine", "tracking"},

@@ -299,9 +299,9 @@ def _sweep(
                     progress(grid.height * grid.width * done // grid.windows, grid.height * grid.width)
             windows += len(grid.lefts)
             rows = valid[: band.done - band.top, : grid.width]
-            writing.append(writer.submit(render, blend.flush(band), rows))
-            if len(writing) > 1:
+            if writing:  # one flushed band at a time: it is as large as the blend itself
                 writing.popleft().result()
+            writing.append(writer.submit(render, blend.flush(band), rows))
         for pending in writing:
             pending.result()
     if progress is not None:

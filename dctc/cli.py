@@ -8,24 +8,15 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from dctc.arguments import (
-    AsJson,
-    Device,
-    Model,
-    Overrides,
-    band_numbers,
-    beside_model,
-    device_of,
-    load_model,
-    own_folder,
-)
+from dctc.arguments import AsJson, Overrides, own_folder
 from dctc.exporting.command import export
+from dctc.maps import predict
 from dctc.scoring_commands import evaluate, suggest
 from dctc.terminal import out, progress_bar, show_dataset
 from shards.errors import InputError
@@ -231,48 +222,7 @@ def sweep(
 app.command()(evaluate)
 
 
-@app.command()
-def predict(
-    model: Model,
-    scenes: Annotated[list[Path], typer.Argument(metavar="SCENE...", help="rasters with the model's bands")],
-    folder: Annotated[Path, typer.Option("--out", help="folder for the maps", parser=own_folder)],
-    net: Annotated[str | None, typer.Option(help="s1, s2, mean or teacher; default: the headline")] = None,
-    overlap: Annotated[float, typer.Option(help="share of a window's side that neighbours share, 0 to 0.9")] = 0.25,
-    batch: Annotated[int, typer.Option(min=1, help="windows at once")] = 8,
-    bands: Annotated[str | None, typer.Option(help="which bands of the scene are the model's, as 3,2,1")] = None,
-    nodata: Annotated[
-        float | None, typer.Option(help="pixel value without data, where the scene declares none")
-    ] = None,
-    tta: Annotated[bool, typer.Option("--tta", help="average over eight flips and quarter turns")] = False,
-    probabilities: Annotated[bool, typer.Option("--probabilities", help="also write class probabilities")] = False,
-    entropy: Annotated[bool, typer.Option("--entropy", help="also write the entropy in nats")] = False,
-    device: Device = "auto",
-    as_json: AsJson = False,
-) -> None:
-    """Predict georeferenced maps of whole scenes, on the scenes' own grids.
-
-    Example: dctc predict runs/synthetic-scene/dctc-1_8-s0/model.safetensors scene.tif --out maps --entropy
-    """
-    from dctc.mapping.predict import predict_scene
-
-    chosen = device_of(device)
-    bundle = load_model(model, chosen)
-    numbers = band_numbers(bands)
-    if len({scene.stem for scene in scenes}) < len(scenes):
-        raise InputError("two scenes have the same file name, and so would their maps: predict them into two folders")
-    records: list[dict[str, Any]] = []
-    for scene in scenes:
-        with progress_bar(scene.name) as advance:
-            maps = predict_scene(
-                bundle, scene, folder, net=net, overlap=overlap, batch=batch, device=chosen, tta=tta,
-                bands=numbers, nodata=nodata, probabilities=probabilities, entropy=entropy, progress=advance,
-            )  # fmt: skip
-        written = [str(path) for path in (maps.classes, maps.probabilities, maps.entropy) if path is not None]
-        records.append({"scene": str(scene), "files": written, "mpx_per_s": maps.pixels_per_s / 1e6})
-        if not as_json:
-            out.print(f"{', '.join(written)} ({maps.pixels_per_s / 1e6:.2f} Mpx/s)", markup=False)
-    if as_json:
-        print(json.dumps(records, indent=1))
+app.command()(predict)
 
 
 app.command()(export)
@@ -366,4 +316,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    main()
+
+
+if __name__ == "__main__":  # accelerate launch -m dctc.cli predict ...
     main()

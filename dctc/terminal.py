@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,6 +16,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from shards.manifest import Dataset
+
+SAY_EVERY_S = 10.0
 
 out = Console(soft_wrap=True, highlight=False)
 
@@ -27,6 +33,30 @@ def progress_bar(text: str) -> Iterator[Callable[..., None]]:
         def advance(*state: Any) -> None:
             *step, done, total = state
             progress.update(task, description=" ".join([text, *map(str, step)]), completed=done, total=total)
+
+        yield advance
+
+
+@contextmanager
+def map_progress(scenes: int, shown: bool) -> Iterator[Callable[[Path, int, int], None]]:
+    """Speed and time left: a bar on a terminal, elsewhere lines; gives ``advance(scene, done, total)``."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, disable=not (shown and console.is_terminal), transient=True)
+    began = said = time.monotonic()
+    with bar as progress:
+        task = progress.add_task(f"{scenes} scenes", total=None, speed="")
+
+        def advance(scene: Path, done: int, total: int) -> None:
+            nonlocal said
+            now = time.monotonic()
+            rate = done / max(now - began, 1e-9)
+            speed = f"{done / 1e6:.1f} of {total / 1e6:.1f} Mpx, {rate / 1e6:.2f} Mpx/s"
+            progress.update(task, description=scene.name, completed=done, total=total, speed=speed)
+            if shown and not console.is_terminal and now - said >= SAY_EVERY_S and done < total:
+                said = now
+                left = timedelta(seconds=round((total - done) / rate))
+                print(f"{scene.name}: {speed}, {left} left", file=sys.stderr, flush=True)
 
         yield advance
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dctc.mapping.blend import Accumulator
-from dctc.mapping.raster import Layer, MapSet, Scene
+from dctc.mapping.legend import polygon_legend, raster_legend
+from dctc.mapping.polygons import PolygonOptions, PolygonWriter
+from dctc.mapping.raster import Draft, Layer, MapSet, RowWriter, make_folder, write_text
+from dctc.mapping.record import Record
+from dctc.mapping.scene import Scene
 from dctc.mapping.windows import Band, Grid, reflect
 from shards.errors import InputError
 from shards.manifest import IGNORE, ClassInfo
@@ -56,8 +61,16 @@ class Outputs:
     classes: Path
     probabilities: Path | None
     entropy: Path | None
+    disagreement: Path | None
+    polygons: Path | None
     pixels: int
     seconds: float
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that there are."""
+        found = (self.classes, self.probabilities, self.entropy, self.disagreement, self.polygons)
+        return [path for path in found if path is not None]
 
     @property
     def pixels_per_s(self) -> float:
@@ -77,8 +90,11 @@ def predict_scene(
     tta: bool = False,
     probabilities: bool = False,
     entropy: bool = False,
+    disagreement: bool = False,
+    polygons: PolygonOptions | None = None,
     bands: Sequence[int] | None = None,
     nodata: float | None = None,
+    record: Record | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Outputs:
     """Predict ``scene`` and write its maps into the folder ``out``, all of them whole or none.
@@ -86,10 +102,13 @@ def predict_scene(
     Windows of ``model.tile_size`` cover every pixel; their softmax probabilities are blended by a raised cosine and the
     class is the argmax of the blend. Memory grows with the scene's width, not with its height.
 
-    Written beside each other on the scene's own grid (same CRS, same transform to the last bit):
-        STEM_classes.tif: uint8 class ids with colour table and class names, 255 = no data.
+    Written beside each other, cloud-optimised, on the scene's own grid (same CRS, same transform to the last bit):
+        STEM_classes.tif: uint8 class ids with colour table and class names, 255 = no data; STEM_classes.qml: legend.
         STEM_probabilities.tif: uint8 [K], round(250 p) with the scale 1/250 stored in the file, 255 = no data.
         STEM_entropy.tif: float32, entropy of the blended probabilities in nats, NaN = no data.
+        STEM_disagreement.tif: uint8, round(250 d) with the scale 1/250, 255 = no data; d is the blended total variation
+            distance of both students' probabilities: 0 where they say the same, 1 where they exclude each other.
+        STEM_polygons.gpkg, STEM_polygons.qml: the map as polygons; see :class:`dctc.mapping.polygons.PolygonWriter`.
 
     Args:
         model: already on ``device``.
@@ -99,6 +118,7 @@ def predict_scene(
         tta: average the probabilities over the eight flips and quarter turns of each window.
         bands: which bands of the scene (from 1) are the model's; see :class:`dctc.mapping.raster.Scene`.
         nodata: value of pixels without data (in all bands), for scenes that do not say so themselves.
+        record: written last, so that it stands beside finished maps only.
         progress: called with (pixels done, pixels in all) after each batch.
 
     Raises:
@@ -114,43 +134,69 @@ def predict_scene(
         Scene(scene, model.bands, model.dtype, bands, nodata) as source,
     ):
         grid = Grid.over(source.height, source.width, model.tile_size, overlap)
-        layers = _layers(model.classes, probabilities, entropy)
-        forward = _Forward(model, net, torch.device(device), tta)
-        with MapSet(out, source, list(layers.values())) as maps:
-            _sweep(source, grid, forward, _Renderer(maps, list(layers), scene), batch, progress)
-            paths = dict(zip(layers, (writer.final for writer in maps.writers), strict=True))
-    pixels = grid.height * grid.width
+        kinds = {"probabilities": probabilities, "entropy": entropy, "disagreement": disagreement}
+        layers = _layers(model.classes, kinds)
+        forward = _Forward(model, net, torch.device(device), tta, disagreement)
+        make_folder(out)
+        drafts: dict[str, Callable[[], Draft]] = {
+            kind: partial(RowWriter, out / f"{scene.stem}_{kind}.tif", source, layer) for kind, layer in layers.items()
+        }
+        if polygons is not None:
+            drafts["polygons"] = partial(
+                PolygonWriter, out / f"{scene.stem}_polygons.gpkg", source, model.classes, polygons
+            )
+        finals = {kind: out / f"{scene.stem}_{kind}.{'gpkg' if kind == 'polygons' else 'tif'}" for kind in drafts}
+        first = partial(Record.forget, out, scene)
+        with MapSet(drafts, first, partial(_finish, finals, model.classes, record)) as maps:
+            _sweep(source, grid, forward, _Renderer(maps, len(model.classes), scene), batch, progress)
+    get = finals.get
     return Outputs(
-        paths["classes"], paths.get("probabilities"), paths.get("entropy"), pixels, time.perf_counter() - began
-    )
+        finals["classes"], get("probabilities"), get("entropy"), get("disagreement"), get("polygons"),
+        grid.height * grid.width, time.perf_counter() - began,
+    )  # fmt: skip
 
 
-def _layers(classes: Sequence[ClassInfo], probabilities: bool, entropy: bool) -> dict[str, Layer]:
+def _finish(finals: Mapping[str, Path], classes: Sequence[ClassInfo], record: Record | None) -> None:
+    """Legends, and then the record that all is there."""
+    write_text(finals["classes"].with_suffix(".qml"), raster_legend(classes))
+    if "polygons" in finals:
+        write_text(finals["polygons"].with_suffix(".qml"), polygon_legend(classes, "class_id"))
+    if record is not None:
+        record.write(list(finals.values()))
+
+
+def _layers(classes: Sequence[ClassInfo], wanted: Mapping[str, bool]) -> dict[str, Layer]:
     if len(classes) > IGNORE:
         raise InputError(f"the model has {len(classes)} classes, a uint8 map holds at most {IGNORE} beside nodata")
     names = tuple(info.name for info in classes)
-    layers = {}
-    if probabilities:
-        scale = 1 / PROBABILITY_STEPS
-        layers["probabilities"] = Layer("probabilities", "uint8", names, IGNORE, predictor=2, scale=scale)
-    if entropy:
-        layers["entropy"] = Layer("entropy", "float32", ("entropy in nats",), math.nan, predictor=3)
-    layers["classes"] = Layer("classes", "uint8", ("class",), IGNORE, predictor=1, palette=tuple(classes))
-    return layers
+    scale = 1 / PROBABILITY_STEPS
+    possible = {
+        "probabilities": Layer("uint8", names, IGNORE, predictor=2, scale=scale),
+        "entropy": Layer("float32", ("entropy in nats",), math.nan, predictor=3),
+        "disagreement": Layer("uint8", ("disagreement of the students",), IGNORE, predictor=2, scale=scale),
+    }
+    layers = {kind: layer for kind, layer in possible.items() if wanted[kind]}
+    return layers | {
+        "classes": Layer("uint8", ("class",), IGNORE, predictor=1, palette=tuple(classes), overviews="mode")
+    }
 
 
 class _Forward:
-    """Class probabilities of a batch of windows."""
+    """Class probabilities of a batch of windows, and as a further channel how far the students differ."""
 
-    def __init__(self, model: SceneModel, net: str | None, device: torch.device, tta: bool) -> None:
+    def __init__(
+        self, model: SceneModel, net: str | None, device: torch.device, tta: bool, disagreement: bool = False
+    ) -> None:
         self.model = model
         self.net = model.headline if net is None else net
         self.device = device
         self.views = VIEWS if tta else VIEWS[:1]
+        self.disagreement = disagreement
+        self.channels = len(model.classes) + disagreement
         self._mean = torch.tensor(list(model.mean), dtype=torch.float32, device=device)[:, None, None]
 
     def __call__(self, raw: NDArray[Any], valid: NDArray[np.bool_]) -> Tensor:
-        """Raw windows [B,C,H,H] and their valid pixels [B,H,H] to probabilities float32 [B,K,H,H] on the device."""
+        """Raw windows [B,C,H,H] and their valid pixels [B,H,H] to float32 [B,channels,H,H] on the device."""
         images = self._to_device(raw).float()
         if not valid.all():  # what training shows for pixels without data: the band's mean, 0 after normalisation
             images = torch.where(self._to_device(valid)[:, None], images, self._mean)
@@ -160,7 +206,13 @@ class _Forward:
         logits = self.model.logits(images)
         if self.net not in logits:
             raise InputError(f"net {self.net!r} is not in this model: it has {', '.join(logits)}")
-        return logits[self.net].float().softmax(1)
+        probabilities = logits[self.net].float().softmax(1)
+        if not self.disagreement:
+            return probabilities
+        if not {"s1", "s2"} <= logits.keys():
+            raise InputError(f"--disagreement: this model has no two students s1 and s2, but {', '.join(logits)}")
+        apart = (logits["s1"].float().softmax(1) - logits["s2"].float().softmax(1)).abs().sum(1, keepdim=True) / 2
+        return torch.cat([probabilities, apart], 1)
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -190,25 +242,24 @@ def average_views(
 class _Renderer:
     """Turns blended probabilities into the rows of the files."""
 
-    def __init__(self, maps: MapSet, kinds: Sequence[str], scene: Path) -> None:
+    def __init__(self, maps: MapSet, classes: int, scene: Path) -> None:
         self._maps = maps
-        self._kinds = kinds
+        self._count = classes
         self._scene = scene
 
     @torch.inference_mode()
     def __call__(self, blended: Tensor, valid: NDArray[np.bool_]) -> None:
-        """Append rows [K, n, width] whose pixels outside ``valid`` [n, width] become nodata."""
+        """Append rows [channels, n, width] whose pixels outside ``valid`` [n, width] become nodata."""
         if not np.isfinite(blended.sum(0).cpu().numpy()[valid]).all():
             raise InputError(
                 f"{self._scene}: the model's predictions are not finite; it is damaged, or diverged in training"
             )
-        rows = []
-        for kind in self._kinds:
-            values, nodata = getattr(self, f"_{kind}")(blended)
+        for kind in self._maps.drafts:
+            channels = blended[self._count :] if kind == "disagreement" else blended[: self._count]
+            values, nodata = getattr(self, f"_{kind}")(channels)
             array: NDArray[Any] = values.cpu().numpy()
             array[:, ~valid] = nodata
-            rows.append(array)
-        self._maps.append(rows)
+            self._maps.append(kind, array)
 
     @staticmethod
     def _classes(blended: Tensor) -> tuple[Tensor, float]:
@@ -217,6 +268,9 @@ class _Renderer:
     @staticmethod
     def _probabilities(blended: Tensor) -> tuple[Tensor, float]:
         return (blended * PROBABILITY_STEPS).round().clamp(0, PROBABILITY_STEPS).to(torch.uint8), IGNORE
+
+    _polygons = _classes
+    _disagreement = _probabilities
 
     @staticmethod
     def _entropy(blended: Tensor) -> tuple[Tensor, float]:
@@ -232,7 +286,7 @@ def _sweep(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Predict band after band; a thread reads the next one, another writes the one before."""
-    blend = Accumulator(len(forward.model.classes), grid, forward.device)
+    blend = Accumulator(forward.channels, grid, forward.device)
     writing: deque[Future[None]] = deque()
     windows = 0
     with ThreadPoolExecutor(1) as writer, closing(_read_ahead(source, grid)) as strips:
@@ -245,9 +299,9 @@ def _sweep(
                     progress(grid.height * grid.width * done // grid.windows, grid.height * grid.width)
             windows += len(grid.lefts)
             rows = valid[: band.done - band.top, : grid.width]
-            writing.append(writer.submit(render, blend.flush(band), rows))
-            if len(writing) > 1:
+            if writing:  # one flushed band at a time: it is as large as the blend itself
                 writing.popleft().result()
+            writing.append(writer.submit(render, blend.flush(band), rows))
         for pending in writing:
             pending.result()
     if progress is not None:

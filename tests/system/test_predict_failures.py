@@ -86,7 +86,9 @@ def test_an_interruption_leaves_the_older_map_and_nothing_else(tmp_path: Path, f
         predict_scene(model, scene, tmp_path / "maps", batch=2, probabilities=True)
     assert model.calls == 15
     assert (tmp_path / "maps" / "scene_classes.tif").read_bytes() == older
-    assert sorted(p.name for p in (tmp_path / "maps").iterdir()) == ["scene_classes.tif", "scene_classes.tif.aux.xml"]
+    assert sorted(p.name for p in (tmp_path / "maps").iterdir()) == [
+        "scene_classes.qml", "scene_classes.tif", "scene_classes.tif.aux.xml",
+    ]  # fmt: skip
 
 
 def test_a_full_disk_leaves_no_file(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arguments": {"bundle", "engine", "tracking"},
     "exporting": {"arguments", "bundle", "terminal", "tracking"},
     "serving": {"bundle", "mapping"},
+    "maps": {"arguments", "bundle", "mapping", "terminal"},
     "terminal": set(),
     "sweep": {"config", "engine", "tracking"},
     "tracking": {"config"},

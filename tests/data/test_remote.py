@@ -240,6 +240,7 @@ def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         opened("https://example.org/set", tmp_path)
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_train_evaluate_and_inspect_from_afar(tiny_dataset: Path, tmp_path: Path) -> None:
     local = write_config(tmp_path / "local.yaml", tiny_dataset, data={"order": "block"})

@@ -85,6 +85,7 @@ def wait_for_another(checkpoints: Path, before: Path | None, process: subprocess
         time.sleep(0.005)
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_two_processes_then_one_then_two_are_equal_to_the_bit(tmp_path: Path, tiny_dataset: Path) -> None:
     """One process with two micro-batches adds up what two processes with one each add up, in the same order."""

@@ -93,6 +93,7 @@ def test_thresholds_and_weights_of_self_training_are_the_same_on_two_ranks(tmp_p
     assert losses(one)[-1] == pytest.approx(losses(two)[-1], rel=1e-5)
 
 
+@pytest.mark.matrix
 def test_two_processes_killed_and_run_again(tmp_path: Path, tiny_dataset: Path) -> None:
     whole = write_config(tmp_path / "whole.yaml", tiny_dataset, schedule=ROUNDS)
     launch(2, whole)

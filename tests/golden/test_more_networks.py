@@ -264,6 +264,7 @@ def test_the_students_of_any_network_share_its_encoder(name: str) -> None:
     assert placed == {"teacher": stages, "encoder": 0, "s1": 0, "s2": 0}
 
 
+@pytest.mark.matrix
 def test_a_run_with_a_small_u2net_and_its_model_file(tmp_path: Path, tiny_dataset: Path) -> None:
     assert set(NAMES) < set(network_names())
     config = write_config(

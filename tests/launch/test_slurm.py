@@ -120,6 +120,7 @@ def cluster(tmp_path: Path, scripts: Path) -> Cluster:
     return Cluster(folder, scripts)
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_told_that_its_time_is_up_it_saves_is_requeued_and_goes_on(
     cluster: Cluster, tmp_path: Path, tiny_dataset: Path, uninterrupted: Path

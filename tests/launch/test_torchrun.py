@@ -104,7 +104,9 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGUSR1, marks=pytest.mark.matrix), signal.SIGINT], ids=lambda number: number.name
+)
 def test_asked_to_stop_it_ends_with_75_and_goes_on(
     number: signal.Signals, scripts: Path, tmp_path: Path, tiny_dataset: Path, uninterrupted: Path
 ) -> None:

@@ -116,6 +116,7 @@ def test_a_trial_that_fails_for_another_reason_says_it(config: Path) -> None:
     assert "network.norm is sync, which needs GPUs" in done.stderr
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_out_of_memory_says_what_to_change(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, scenes=40, size=96, tile=96)

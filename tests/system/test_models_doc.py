@@ -18,6 +18,7 @@ RUN = "runs/synthetic-scene/dctc-1_8-s0"
 SERVE = "mlflow models serve -m models:/towns/1 --env-manager local -h 127.0.0.1 -p 5001"
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_the_commands_do_what_the_page_says(tiny_model: Path, tiny_dataset: Path, tmp_path: Path) -> None:
     lines = commands((ROOT / "docs" / "models.md").read_text())

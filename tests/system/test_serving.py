@@ -146,6 +146,7 @@ print(dctc.__file__)
 """
 
 
+@pytest.mark.matrix
 def test_a_folder_is_loaded_with_its_own_code_and_gives_the_map_of_predict(
     dctc: Dctc, tracked: Tracked, tmp_path: Path
 ) -> None:
@@ -189,6 +190,7 @@ def ask(port: int, body: dict[str, Any]) -> Any:
         return json.load(answer)
 
 
+@pytest.mark.matrix
 def test_mlflow_serves_the_registered_model(tracked: Tracked, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -53,6 +53,7 @@ def dry_run(sweep: Path, *overrides: str) -> list[str]:
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_a_sweep_is_stopped_goes_on_and_leaves_a_failed_run_behind(configs: Path) -> None:
     broken = {"row": "broken", "config": "cps.yaml", "shares": ["1/2"], "set": {"optimizer.lr": 1e30}}

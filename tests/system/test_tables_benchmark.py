@@ -30,6 +30,7 @@ def test_without_runs_or_scenes_it_says_so_and_writes_nothing(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_tables_of_what_has_been_run(tmp_path: Path, tiny_dataset: Path) -> None:
     sweep = tmp_path / "table1.yaml"

@@ -85,6 +85,7 @@ def test_a_loader_worker_that_is_killed_ends_the_run(tmp_path: Path, tiny_datase
     assert not psutil.wait_procs(family, timeout=20)[1]
 
 
+@pytest.mark.matrix
 def test_a_run_with_stand_ins_trains_validates_and_draws(
     tmp_path: Path, tiny_dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

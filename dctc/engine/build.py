@@ -250,7 +250,7 @@ def _flops(config: Config, dataset: Dataset, method: Method) -> float | None:
 def finish(trainer: Trainer, config: Config) -> None:
     """After the last round: the model file, the test, the report, all of it into the tracker too."""
     progress, watch, tracker = trainer.progress, trainer.watch, trainer.tracker
-    progress.tracking_id = tracker.run_id
+    progress.tracking_id = tracker.await_run_id()  # the model file names its run
     model = watch.save_model("model.safetensors", progress)
     with trainer.parallel.own_errors():
         evaluation = watch.test() if config.evaluation.test else None

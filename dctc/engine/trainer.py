@@ -48,6 +48,9 @@ class Tracker(Protocol):
     def run_id(self) -> str | None:
         """The id under which the run can be continued, once known."""
 
+    def await_run_id(self) -> str | None:
+        """The same after a bounded wait for a server that is slow; None when there is none to wait for."""
+
 
 @dataclass(frozen=True)
 class Every:

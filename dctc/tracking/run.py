@@ -39,12 +39,16 @@ logger = logging.getLogger("dctc.tracking")
 
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 FIRST_CONTACT = 5.0  # seconds that the start of a run waits to learn its MLflow run id
+LAST_CONTACT = 15.0  # the same at its end: a run of seconds may be over before a new database is made
 
 
 class SilentTracker:
     """Does nothing: for every rank but the first."""
 
     run_id: str | None = None
+
+    def await_run_id(self) -> None:
+        """There is none."""
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Nothing."""
@@ -66,6 +70,9 @@ class JsonTracker:
     """Writes ``metrics.jsonl`` alone; pictures and files are in the run's folder already."""
 
     run_id: str | None = None
+
+    def await_run_id(self) -> None:
+        """There is none."""
 
     def __init__(self, folder: Path, resumed_step: int | None = None) -> None:
         self._journal = Journal(folder, resumed_step)
@@ -117,6 +124,12 @@ class MlflowTracker:
     def run_id(self) -> str | None:
         """MLflow's id of the run; None while no server has given one."""
         return self._delivery.run_id
+
+    def await_run_id(self) -> str | None:
+        """The same, after waiting up to :data:`LAST_CONTACT` for a server that has not been found away."""
+        if self.run_id is None:
+            self._delivery.flush(LAST_CONTACT)
+        return self.run_id
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Numbers of one step: to ``metrics.jsonl`` now, to MLflow within about a second."""

@@ -152,6 +152,7 @@ def test_a_killed_process_leaves_no_gap(settings: RunSettings) -> None:
     script = (
         "import os, sys; from pathlib import Path; from dctc.tracking.run import MlflowTracker, RunSettings\n"
         "t = MlflowTracker.start(RunSettings(Path(sys.argv[1]), sys.argv[2], 'n', sys.argv[3]))\n"
+        "assert t.await_run_id()\n"  # a machine with much to do may take longer than the start waits
         "for step in range(50): t.metrics({'loss': step}, step)\n"
         "os.kill(os.getpid(), 9)\n"
     )

@@ -78,8 +78,8 @@ def smaller(command: str, work: Path) -> str:
         return re.sub(r"--size \d+", "--size 128", command)
     if command.startswith("dctc shard"):
         return f"{command} tile.size={TILE}"
-    if "dctc/train.py" in command:
-        return f"{command} {SMALL_RUN}"
+    if "dctc/train.py" in command:  # no GPUs here: two processes on the CPU take their place
+        return f"{command} {SMALL_RUN}".replace("launch/ddp.yaml --num_processes 8", "launch/cpu_pair.yaml")
     return command
 
 

@@ -56,7 +56,7 @@ test: $(VENV)/installed-dev ## the test suite
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-matrix: $(VENV)/installed-dev ## what takes longer: all strategies against one process, crashes by the dozen
-	@$(BIN)/python -m pytest -m matrix -n 1
+	@$(BIN)/python -m pytest -m matrix -n 2 --dist worksteal
 
 lint: $(VENV)/installed-dev ## style: ruff, and hadolint for the Dockerfile
 	@$(BIN)/ruff check .

@@ -104,6 +104,7 @@ def check_torch(model: Path, file: Path, net: str) -> None:
         np.testing.assert_allclose(found, expected(model, net, raw), atol=1e-4, rtol=0)
 
 
+@pytest.mark.matrix
 def test_onnx_gives_the_models_probabilities_at_any_size(dctc: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     model = model_of(tmp_path)
     code, printed = dctc("export", model, "--format", "onnx", "--net", "teacher", "--json")
@@ -138,6 +139,7 @@ def test_an_onnx_file_describes_itself_and_holds_one_net_alone(
     assert stored < 1.1 * weights + 1000
 
 
+@pytest.mark.matrix
 def test_torch_export_gives_the_models_probabilities_at_any_size(
     dctc: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:

@@ -78,6 +78,7 @@ class Comparison:
         headlines: row -> the net whose score is the method's. These compete for the best of a column.
         costs: row -> cost.
         runs: (row, column) -> the runs that count.
+        row_order: of a table of classes: the dataset's.
     """
 
     experiment: str
@@ -90,6 +91,7 @@ class Comparison:
     costs: Mapping[str, Cost] = field(default_factory=dict)
     runs: Mapping[tuple[str, str], Sequence[FoundRun]] = field(default_factory=dict)
     subject: str = ""
+    row_order: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -108,9 +110,14 @@ class Comparison:
 
     @property
     def rows(self) -> list[tuple[str, str]]:
-        """(row value, net): rows in the paper's order, then by name; of each the headline first."""
+        """(row value, net): rows in ``row_order``, else the paper's, then by name; of each the headline first."""
         pairs = {(row, net) for row, net, _ in self.cells}
-        return sorted(pairs, key=lambda pair: (_place(pair[0]), *order(pair[0]), self._turn(*pair), pair[1]))
+        return sorted(
+            pairs,
+            key=lambda pair: (
+                (*self.row_order, pair[0]).index(pair[0]), _place(pair[0]), *order(pair[0]), self._turn(*pair), pair[1]
+            ),
+        )  # fmt: skip
 
     def is_headline(self, row: str, net: str) -> bool:
         """Whether this net's score is the row's."""
@@ -325,9 +332,11 @@ def _cost(runs: Sequence[FoundRun]) -> Cost:
 def _class_table(whole: Comparison, row: str, beside: str | None) -> Comparison:
     net = whole.headlines[row]
     cells: dict[tuple[str, str, str], Cell] = {}
+    classes: tuple[str, ...] = ()
     for (name, column), runs in whole.runs.items():
         if name != row:
             continue
+        classes = classes or runs[0].classes
         scores: dict[str, list[float]] = defaultdict(list)
         for run in runs:
             prefix = f"test/{_net_of(run, net)}/iou/"
@@ -340,7 +349,7 @@ def _class_table(whole: Comparison, row: str, beside: str | None) -> Comparison:
             cells[label, net, column] = Cell(tuple(values), printed)
     return Comparison(
         whole.experiment, whole.digest, "iou", (CLASSES, whole.axes[1]), cells, (),
-        {label: net for label, _, _ in cells}, subject=f"{row}: ",
+        {label: net for label, _, _ in cells}, subject=f"{row}: ", row_order=classes,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class FoundRun:
         started: milliseconds since 1970.
         params: with what a continued run changed.
         metrics: the last value of each.
+        classes: of its dataset, in their order; () where the run has no dataset's description.
     """
 
     id: str
@@ -36,6 +38,7 @@ class FoundRun:
     tags: Mapping[str, str]
     params: Mapping[str, str]
     metrics: Mapping[str, float]
+    classes: tuple[str, ...] = ()
 
     @property
     def headline(self) -> str:
@@ -117,5 +120,14 @@ def _found(run: Run) -> FoundRun:
     }  # fmt: skip
     return FoundRun(
         info.run_id, info.run_name or info.run_id, info.status, int(info.start_time or 0), dict(data.tags),
-        dict(data.params) | changed, dict(data.metrics),
+        dict(data.params) | changed, dict(data.metrics), _classes(run),
     )  # fmt: skip
+
+
+def _classes(run: Run) -> tuple[str, ...]:
+    """As :func:`dctc.tracking.run.describe_dataset` wrote them; another program's dataset may say anything."""
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    try:
+        return tuple(str(name) for name in json.loads(inputs[0].dataset.profile or "")["classes"])
+    except (IndexError, KeyError, TypeError, ValueError):
+        return ()

@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from mlflow.entities import Dataset, DatasetInput
 from mlflow.tracking import MlflowClient
 
 from dctc.tracking.compare import compare, compare_classes
@@ -17,6 +18,8 @@ from dctc.tracking.run import resolve_uri
 from dctc.tracking.tables import write_csv
 from shards.errors import InputError
 from tests.stored import Store, printed
+
+PROFILE = '{"classes": ["road", "tree", "car"]}'
 
 
 def test_mean_and_spread_over_seeds_best_in_bold(store: Store) -> None:
@@ -223,8 +226,10 @@ def test_several_networks_of_one_method_are_several_rows(store: Store) -> None:
 def test_classes_of_a_row(store: Store) -> None:
     for seed, score in enumerate((0.4, 0.6)):
         iou = {"test/s1/iou/car": [score], "test/s1/iou/tree": [0.5], "test/teacher/iou/car": [0.9]}
-        store.add("dctc", "1/2", seed, metrics=iou, s1=0.5)
+        run = store.add("dctc", "1/2", seed, metrics=iou, s1=0.5)
+        store.client.log_inputs(run, [DatasetInput(Dataset("towns", "d1", "local", "{}", profile=PROFILE))])
     (table,) = compare_classes(store.uri, store.name, beside="potsdam")
+    assert table.rows == [("tree", "s1"), ("car", "s1")]  # as the dataset has them
     assert table.axes == ("class", "share")
     assert table.cells["car", "s1", "1/2"].scores == (0.4, 0.6)
     assert table.cells["car", "s1", "1/2"].printed == 78.8

@@ -16,7 +16,7 @@ from dctc.data.loaders import Normaliser
 from dctc.data.tiles import TileDataset
 from dctc.evaluation.confusion import entropy
 from dctc.evaluation.evaluate import STUDENTS
-from dctc.evaluation.model import check_fit
+from dctc.evaluation.model import check_fit, check_net
 from dctc.methods.base import inference
 from shards.errors import InputError
 from shards.index import Index
@@ -81,6 +81,7 @@ def suggest(
         InputError: fewer such tiles than ``budget``, an unknown net, or a dataset of other bands or another pixel type.
     """
     check_fit(bundle, dataset, classes=False)
+    check_net(bundle, net)
     index = Index.open(dataset)
     labelled = index.labelled_rows(Fraction(1) if share is None else share)
     rows = np.setdiff1d(index.rows("train"), labelled)
@@ -123,8 +124,6 @@ def score_tiles(
             raw = tiles.__getitems__([(0, int(row)) for row in rows[places]])
             valid = raw["valid"].to(bundle.device)
             nets = bundle.method.logits(normaliser(raw["images"].to(bundle.device), valid))
-            if name not in nets:
-                raise InputError(f"net {name!r} is not in this model: it has {', '.join(nets)}")
             doubts[places] = _mean(entropy(nets[name]), valid)
             students = nets.keys() >= set(STUDENTS)
             if students:

@@ -93,7 +93,7 @@ def suggest(
     if not 1 <= budget <= len(rows):
         raise InputError(f"--budget {budget}: {dataset.location} has {len(rows)} unlabelled training tiles: 1 to that")
     scored = score_tiles(bundle, dataset, rows, net, batch, progress)
-    order = spread(scored.score, index.scene[rows], budget)
+    order = spread(scored.score, index.scene[rows], budget, index.scene[labelled])
     picked = Scored(
         scored.rows[order],
         scored.entropy[order],
@@ -145,17 +145,20 @@ def _mean(values: torch.Tensor, valid: torch.Tensor) -> Floats:
     return mean
 
 
-def spread(score: Floats, scenes: NDArray[np.integer], budget: int) -> NDArray[np.int64]:
+def spread(score: Floats, scenes: NDArray[np.integer], budget: int, labelled: NDArray[np.integer]) -> NDArray[np.int64]:
     """Places of the ``budget`` best tiles with an equal quota for every scene, the best first; ties: the first one.
 
-    The quota is the smallest number of tiles a scene that fills the budget: with plenty in each of S scenes,
-    ceil(budget / S). A scene with fewer tiles leaves its part to all others.
+    ``scenes`` [N] are the scenes of the tiles, ``labelled`` those of the tiles that have a label, each as often as it
+    has such tiles. The quota is the smallest number of labelled tiles a scene, old and new, that fills the budget: with
+    plenty in each of S scenes and none labelled, ceil(budget / S). A scene with fewer tiles leaves its part to all
+    others, one that has its quota gets none. What a scene has already counts because scenes differ in light, season and
+    ground: a tile of one not yet seen teaches more than another of one that is (measured in docs/labelling.md).
     """
     order = np.argsort(-score, kind="stable")
-    place = np.zeros(len(score), np.int64)  # of a tile among those of its scene, from 0
+    place = np.zeros(len(score), np.int64)  # of a tile among those of its scene, from the number of labelled ones
     for scene in np.unique(scenes):
         of_scene = order[scenes[order] == scene]
-        place[of_scene] = np.arange(len(of_scene))
+        place[of_scene] = np.arange(len(of_scene)) + np.count_nonzero(labelled == scene)
     quota = np.sort(place)[budget - 1] + 1
     within: NDArray[np.int64] = order[place[order] < quota]
     return within[:budget]

@@ -123,12 +123,23 @@ def test_scores_are_the_models(tiny_dataset: Path, tiny_model: Path) -> None:
 def test_equal_quotas() -> None:
     score = np.array([9.0, 8, 7, 6, 5, 4, 3, 2])
     scenes = np.array([0, 0, 0, 0, 1, 1, 2, 2])
-    assert spread(score, scenes, 3).tolist() == [0, 4, 6]  # one a scene
-    assert spread(score, scenes, 2).tolist() == [0, 4]  # the best of those
-    assert spread(score, scenes, 5).tolist() == [0, 1, 4, 5, 6]
-    assert spread(score, scenes, 7).tolist() == [0, 1, 2, 4, 5, 6, 7]  # scenes 1 and 2 have no third
-    assert spread(score, scenes, 8).tolist() == list(range(8))
-    assert spread(np.zeros(4), np.array([1, 1, 0, 0]), 2).tolist() == [0, 2]  # ties: the first
+    none = np.array([], np.int64)
+    assert spread(score, scenes, 3, none).tolist() == [0, 4, 6]  # one a scene
+    assert spread(score, scenes, 2, none).tolist() == [0, 4]  # the best of those
+    assert spread(score, scenes, 5, none).tolist() == [0, 1, 4, 5, 6]
+    assert spread(score, scenes, 7, none).tolist() == [0, 1, 2, 4, 5, 6, 7]  # scenes 1 and 2 have no third
+    assert spread(score, scenes, 8, none).tolist() == list(range(8))
+    assert spread(np.zeros(4), np.array([1, 1, 0, 0]), 2, none).tolist() == [0, 2]  # ties: the first
+
+
+def test_a_quota_counts_what_is_labelled() -> None:
+    score = np.array([9.0, 8, 7, 6, 5, 4, 3, 2])
+    scenes = np.array([0, 0, 0, 0, 1, 1, 2, 2])
+    assert spread(score, scenes, 2, np.array([0])).tolist() == [4, 6]  # scenes without a label
+    assert spread(score, scenes, 3, np.array([0])).tolist() == [0, 4, 5]  # two a scene, one of scene 0
+    assert spread(score, scenes, 4, np.array([0, 0, 2])).tolist() == [0, 4, 5, 6]
+    assert spread(score, scenes, 2, np.array([1, 1, 2, 7])).tolist() == [0, 1]
+    assert spread(score, scenes, 8, np.array([0, 1, 1, 1])).tolist() == list(range(8))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,9 @@ the suggested tiles, and on the start and as many random ones (the next of the d
 through the commands that users type. A seed decides which towns train and test, the nested order, the weights and the
 order of tiles; both sides share it. Exit code 0 when the suggested tiles win by a paired t-test over the seeds, one
 sided at 5 %; 1 otherwise.
+
+Cars and clutter, a few percent of the pixels, become "not labelled" (`--without`): networks of this size and length
+find such a class or miss it by luck, and each time that moves the mIoU by some points, more than labels do.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -36,7 +40,7 @@ from shards.index import Index
 from shards.manifest import Dataset
 
 ROOT = Path(__file__).resolve().parent.parent
-CLASSES = ("impervious_surface", "building", "low_vegetation", "tree", "car", "clutter")
+RECIPE = "configs/data/synthetic.yaml"
 SIGNIFICANT = 0.05
 
 
@@ -63,10 +67,18 @@ def dctc(*words: object) -> str:
 
 def shard(folder: Path, seed: int, options: argparse.Namespace, *overrides: str) -> Path:
     """Pack the towns; more of them test than by default, so that the score says more."""
-    dctc("shard", "configs/data/synthetic.yaml", folder, "--root", options.scenes, "--workers", 1,
+    dctc("shard", RECIPE, folder, "--root", options.scenes, "--workers", 1,
          f"splits.seed={seed}", "splits.scene.test_share=0.4", f"labelled.seed={seed}",
-         f"tile.size={options.tile}", *overrides)  # fmt: skip
+         f"tile.size={options.tile}", *without(options.without), *overrides)  # fmt: skip
     return folder
+
+
+def without(names: Sequence[str]) -> list[str]:
+    """Recipe overrides that leave classes out: their pixels are not labelled."""
+    classes = yaml.safe_load((ROOT / RECIPE).read_text())["classes"]
+    kept = [info for info in classes if info["name"] not in names]
+    colors = [info["color"] for info in classes if info["name"] in names]
+    return [f"classes={json.dumps(kept)}", f"label.ignore_colors={json.dumps(colors)}"]
 
 
 def trained(folder: Path, dataset: Path, share: Fraction, seed: int, options: argparse.Namespace) -> Path:
@@ -84,14 +96,14 @@ def scored(model: Path, dataset: Path) -> dict[str, float]:
     """mIoU and IoU by class on the test tiles, in %."""
     record: dict[str, Any] = json.loads(dctc("evaluate", model, dataset, "--json", "--device", "cpu"))
     (net,) = record["nets"].values()
-    ious = {name: 100 * (net["scores"]["classes"][name]["iou"] or 0.0) for name in CLASSES}
+    ious = {name: 100 * (values["iou"] or 0.0) for name, values in net["scores"]["classes"].items()}
     return {"miou": 100 * net["scores"]["miou"], **ious}
 
 
-def class_shares(index: Index, rows: NDArray[np.int64]) -> list[float]:
+def class_shares(index: Index, rows: NDArray[np.int64], classes: int) -> list[float]:
     """Share of ``rows`` that show each class, in %: what the two ways of choosing differ in."""
     masks = index.classes[rows]
-    return [100 * float((masks >> k & 1).mean()) for k in range(len(CLASSES))]
+    return [100 * float((masks >> k & 1).mean()) for k in range(classes)]
 
 
 def try_seed(seed: int, work: Path, options: argparse.Namespace, say: Any) -> Trial:
@@ -109,7 +121,8 @@ def try_seed(seed: int, work: Path, options: argparse.Namespace, say: Any) -> Tr
         index = Index.open(Dataset.open(dataset))
         rows = index.labelled_rows(more)
         towns = len(np.unique(index.scene[rows]))
-        cells = " ".join(f"{share:5.1f}" for share in class_shares(index, rows[options.start :]))
+        shares = class_shares(index, rows[options.start :], len(Dataset.open(dataset).manifest.class_names))
+        cells = " ".join(f"{share:5.1f}" for share in shares)
         say(f"  seed {seed}: {name:>9} tiles with each class, in %: {cells}; labels from {towns} towns in all")
     trial = Trial(
         scored(model, base),
@@ -124,11 +137,12 @@ def try_seed(seed: int, work: Path, options: argparse.Namespace, say: Any) -> Tr
 def summary(trials: Sequence[Trial], say: Any) -> bool:
     """Mean and standard deviation over seeds; whether the suggested tiles win."""
     say("")
-    say(f"{'':>12} {'mIoU':>13}" + "".join(f"{name[:13]:>14}" for name in CLASSES))
+    keys = list(trials[0].start)
+    say(f"{'':>12}" + "".join(f"{key[:13]:>14}" for key in keys))
     for name in ("start", "random", "suggested"):
         rows = [getattr(trial, name) for trial in trials]
         cells = []
-        for key in ("miou", *CLASSES):
+        for key in keys:
             values = [row[key] for row in rows]
             cells.append(f"{statistics.mean(values):6.1f} +-{statistics.stdev(values):5.1f}")
         say(f"{name:>12} " + "".join(f"{cell:>14}" for cell in cells))
@@ -149,8 +163,9 @@ def main() -> int:
     """Run all seeds; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in (("towns", 80), ("size", 128), ("tile", 32), ("start", 12), ("budget", 24), ("width", 8),
-                        ("batch", 8), ("rounds", 600), ("seeds", 5)):  # fmt: skip
+                        ("batch", 8), ("rounds", 500), ("seeds", 5)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--without", nargs="*", default=["car", "clutter"], help="classes left out")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--out", type=Path, help="also write what is printed here")
     options = parser.parse_args()
@@ -166,8 +181,8 @@ def main() -> int:
     say(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} CPU cores of which one is used, "
         f"Python {platform.python_version()}, torch {torch.__version__}")  # fmt: skip
     say(f"{options.towns} towns of {options.size} px, tiles of {options.tile} px, {options.start} labelled at the "
-        f"start, {options.budget} more; U-Net of width {options.width}, {options.rounds} rounds of {options.batch} tiles, "
-        f"learning rate {options.lr}")  # fmt: skip
+        f"start, {options.budget} more; U-Net of width {options.width}, {options.rounds} rounds of {options.batch} "
+        f"tiles, learning rate {options.lr}; classes left out: {' '.join(options.without) or 'none'}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         options.scenes = Path(folder) / "scenes"
         dctc("synth", options.scenes, "--scenes", options.towns, "--size", options.size)

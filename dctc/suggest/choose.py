@@ -146,19 +146,18 @@ def _mean(values: torch.Tensor, valid: torch.Tensor) -> Floats:
 
 
 def spread(score: Floats, scenes: NDArray[np.integer], budget: int, labelled: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Places of the ``budget`` best tiles with an equal quota for every scene, the best first; ties: the first one.
+    """Places of ``budget`` tiles, an equal number a scene, the best score first; ties: the first one.
 
     ``scenes`` [N] are the scenes of the tiles, ``labelled`` those of the tiles that have a label, each as often as it
-    has such tiles. The quota is the smallest number of labelled tiles a scene, old and new, that fills the budget: with
-    plenty in each of S scenes and none labelled, ceil(budget / S). A scene with fewer tiles leaves its part to all
-    others, one that has its quota gets none. What a scene has already counts because scenes differ in light, season and
-    ground: a tile of one not yet seen teaches more than another of one that is (measured in docs/labelling.md).
+    has such tiles. The budget goes to the scenes with the fewest labelled tiles, old and new, until they are level, and
+    from there on round by round; where a round does not reach all, the scenes with the higher scores get theirs. Of a
+    scene the best tiles are taken. What a scene has already counts because scenes differ in light, season and ground.
     """
     order = np.argsort(-score, kind="stable")
     place = np.zeros(len(score), np.int64)  # of a tile among those of its scene, from the number of labelled ones
     for scene in np.unique(scenes):
         of_scene = order[scenes[order] == scene]
         place[of_scene] = np.arange(len(of_scene)) + np.count_nonzero(labelled == scene)
-    quota = np.sort(place)[budget - 1] + 1
-    within: NDArray[np.int64] = order[place[order] < quota]
-    return within[:budget]
+    chosen = np.lexsort((-score, place))[:budget]
+    best_first: NDArray[np.int64] = chosen[np.lexsort((chosen, -score[chosen]))]
+    return best_first

@@ -125,9 +125,11 @@ class SceneReader:
         self.grid = image.grid
         self.empty = 0  # windows without a valid pixel so far
         self.crs_wkt = self.grid.crs.to_wkt() if self.grid.crs else None
+        self._image = image
         self._pixels = self._rows(image.rows, image.block_height)
         self._codes = self._rows(label.load, label.block_height) if label else None
         self._mask: Rows | None = None
+        self._masked: Callable[[int, int], Array] | None = None
 
     @property
     def labelled(self) -> bool:
@@ -141,7 +143,20 @@ class SceneReader:
             zero: Array = file.read([1], start, stop)[0] == 0
             return zero if rules.ignore == "zero" else ~zero
 
+        self._masked = ignored
         self._mask = self._rows(ignored, file.block_height)
+
+    def rows(self, start: int, stop: int) -> tuple[Array, npt.NDArray[np.bool_]]:
+        """Whole rows as they stand in tiles: image [C,rows,width], 0 where not valid, and validity bool [rows,width].
+
+        Rows may be asked for in any order, beside :meth:`tiles`; nothing is kept.
+        """
+        pixels = self._image.rows(start, stop)
+        image, valid = pixels[:-1], pixels[-1] > 0
+        if self._masked is not None and self._recipe.mask is not None and self._recipe.mask.applies_to == "image":
+            valid &= ~self._masked(start, stop)
+            image[:, ~valid] = 0
+        return image, valid
 
     def _rows(self, load: Callable[[int, int], Array], block: int) -> Rows:
         return Rows(load, self.grid.height, block, self._recipe.tile.size)

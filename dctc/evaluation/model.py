@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from dctc.bundle import Bundle
 from dctc.data.loaders import Normaliser, evaluation_batches
 from dctc.data.order import Layout
@@ -53,3 +55,15 @@ def check_fit(bundle: Bundle, dataset: Dataset, *, classes: bool = True) -> None
     for what, (wanted, found) in facts.items():
         if wanted != found:
             raise InputError(f"{dataset.location}: its {what} are {found}, the model was trained on {wanted}")
+
+
+def check_net(bundle: Bundle, net: str | None) -> None:
+    """Raise :class:`InputError` unless the model has a net of this name; None stands for its headline.
+
+    A method says what its nets are by its output alone, so one tile without data is predicted.
+    """
+    if net is None:
+        return
+    nets = bundle.logits(torch.zeros(1, len(bundle.bands), bundle.tile_size, bundle.tile_size))
+    if net not in nets:
+        raise InputError(f"net {net!r} is not in this model: it has {', '.join(nets)}")

@@ -15,7 +15,7 @@ from rasterio.features import rasterize, shapes
 from rasterio.transform import Affine
 
 from dctc.mapping.raster import clear_stale, part_of, sync
-from dctc.mapping.scene import Scene
+from dctc.mapping.scene import Source
 from shards.errors import InputError
 from shards.manifest import IGNORE, ClassInfo
 
@@ -64,7 +64,7 @@ class PolygonWriter:
         InputError: when shapely or pyogrio is missing, or control points alone place the scene.
     """
 
-    def __init__(self, final: Path, scene: Scene, classes: Sequence[ClassInfo], options: PolygonOptions) -> None:
+    def __init__(self, final: Path, scene: Source, classes: Sequence[ClassInfo], options: PolygonOptions) -> None:
         if any(importlib.util.find_spec(name) is None for name in ("pyogrio", "shapely")):
             raise InputError("--polygons needs shapely and pyogrio: pip install -c constraints.txt -e .[vector]")
         place = scene.georeferencing()

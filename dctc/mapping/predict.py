@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from dctc.mapping.legend import polygon_legend, raster_legend
 from dctc.mapping.polygons import PolygonOptions, PolygonWriter
 from dctc.mapping.raster import Draft, Layer, MapSet, RowWriter, make_folder, write_text
 from dctc.mapping.record import Record
-from dctc.mapping.scene import Scene
+from dctc.mapping.scene import Scene, Source
 from dctc.mapping.windows import Band, Grid, reflect
 from shards.errors import InputError
 from shards.manifest import IGNORE, ClassInfo
@@ -94,6 +94,7 @@ def predict_scene(
     polygons: PolygonOptions | None = None,
     bands: Sequence[int] | None = None,
     nodata: float | None = None,
+    source: Source | None = None,
     record: Record | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Outputs:
@@ -118,6 +119,8 @@ def predict_scene(
         tta: average the probabilities over the eight flips and quarter turns of each window.
         bands: which bands of the scene (from 1) are the model's; see :class:`dctc.mapping.raster.Scene`.
         nodata: value of pixels without data (in all bands), for scenes that do not say so themselves.
+        source: an open reader of the scene's pixels in place of the file's own, as the model wants them; ``scene``
+            then only names the maps, ``bands`` and ``nodata`` are not asked.
         record: written last, so that it stands beside finished maps only.
         progress: called with (pixels done, pixels in all) after each batch.
 
@@ -131,24 +134,24 @@ def predict_scene(
     with (
         rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_BYTES),
         torch.inference_mode(),
-        Scene(scene, model.bands, model.dtype, bands, nodata) as source,
+        nullcontext(source) if source else Scene(scene, model.bands, model.dtype, bands, nodata) as pixels,
     ):
-        grid = Grid.over(source.height, source.width, model.tile_size, overlap)
+        grid = Grid.over(pixels.height, pixels.width, model.tile_size, overlap)
         kinds = {"probabilities": probabilities, "entropy": entropy, "disagreement": disagreement}
         layers = _layers(model.classes, kinds)
         forward = _Forward(model, net, torch.device(device), tta, disagreement)
         make_folder(out)
         drafts: dict[str, Callable[[], Draft]] = {
-            kind: partial(RowWriter, out / f"{scene.stem}_{kind}.tif", source, layer) for kind, layer in layers.items()
+            kind: partial(RowWriter, out / f"{scene.stem}_{kind}.tif", pixels, layer) for kind, layer in layers.items()
         }
         if polygons is not None:
             drafts["polygons"] = partial(
-                PolygonWriter, out / f"{scene.stem}_polygons.gpkg", source, model.classes, polygons
+                PolygonWriter, out / f"{scene.stem}_polygons.gpkg", pixels, model.classes, polygons
             )
         finals = {kind: out / f"{scene.stem}_{kind}.{'gpkg' if kind == 'polygons' else 'tif'}" for kind in drafts}
         first = partial(Record.forget, out, scene)
         with MapSet(drafts, first, partial(_finish, finals, model.classes, record)) as maps:
-            _sweep(source, grid, forward, _Renderer(maps, len(model.classes), scene), batch, progress)
+            _sweep(pixels, grid, forward, _Renderer(maps, len(model.classes), scene), batch, progress)
     get = finals.get
     return Outputs(
         finals["classes"], get("probabilities"), get("entropy"), get("disagreement"), get("polygons"),
@@ -278,7 +281,7 @@ class _Renderer:
 
 
 def _sweep(
-    source: Scene,
+    source: Source,
     grid: Grid,
     forward: _Forward,
     render: _Renderer,
@@ -323,7 +326,7 @@ def _cut(strip: NDArray[Any], grid: Grid, columns: Sequence[int]) -> NDArray[Any
 _Strip = tuple[Band, NDArray[Any], NDArray[np.bool_]]
 
 
-def _read_ahead(source: Scene, grid: Grid) -> Generator[_Strip]:
+def _read_ahead(source: Source, grid: Grid) -> Generator[_Strip]:
     """The strips of a scene; a thread reads the next one while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
         strips = _strips(source, grid)
@@ -333,7 +336,7 @@ def _read_ahead(source: Scene, grid: Grid) -> Generator[_Strip]:
             yield strip
 
 
-def _strips(source: Scene, grid: Grid) -> Iterator[_Strip]:
+def _strips(source: Source, grid: Grid) -> Iterator[_Strip]:
     """For each band its values [C, tile, width] and valid pixels [tile, width], padded; each row is read once."""
     values: NDArray[Any] | None = None
     valid: NDArray[np.bool_] | None = None

@@ -21,7 +21,7 @@ from rasterio._err import CPLE_BaseError  # what rasterio.shutil.copy raises, an
 from rasterio.errors import RasterioError
 from rasterio.windows import Window
 
-from dctc.mapping.scene import Scene, cause, quiet_open
+from dctc.mapping.scene import Source, cause, quiet_open
 from shards.errors import InputError
 from shards.manifest import ClassInfo
 
@@ -62,7 +62,7 @@ class RowWriter:
     before :meth:`publish`, and then all of it has.
     """
 
-    def __init__(self, final: Path, scene: Scene, layer: Layer) -> None:
+    def __init__(self, final: Path, scene: Source, layer: Layer) -> None:
         self.final = final
         self.part = part_of(final)
         self._scene = scene

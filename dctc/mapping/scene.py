@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import rasterio
@@ -15,6 +15,24 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window
 
 from shards.errors import InputError
+
+
+class Source(Protocol):
+    """What is mapped: rows of pixels from top to bottom, and where they lie. :class:`Scene` is one."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    def read(self, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Rows ``start`` to ``stop``: values [bands, rows, width] and which pixels have data, bool [rows, width]."""
+        ...
+
+    def georeferencing(self) -> dict[str, Any]:
+        """Keywords that place a new file on the scene's grid."""
+        ...
 
 
 class Scene:
@@ -85,13 +103,7 @@ class Scene:
 
     def georeferencing(self) -> dict[str, Any]:
         """Keywords that place a new file on the scene's grid: CRS and transform, control points or RPCs."""
-        points, points_crs = self.file.gcps
-        place: dict[str, Any] = {"crs": self.file.crs, "transform": self.file.transform}
-        if points:
-            place = {"crs": points_crs, "gcps": points}
-        if self.file.rpcs is not None:
-            place["rpcs"] = self.file.rpcs
-        return place
+        return georeferencing(self.file)
 
     def _mask(self, values: NDArray[Any], window: Window) -> NDArray[np.bool_]:
         valid = np.isfinite(values).all(axis=0) if values.dtype.kind == "f" else np.ones(values.shape[1:], bool)
@@ -151,6 +163,17 @@ class Scene:
                     f"scene the way the training scenes were made (see gdal_translate -ot and -scale), "
                     f"or train a model on {found} scenes"
                 )
+
+
+def georeferencing(file: Any) -> dict[str, Any]:
+    """Keywords that place a new file where an open one lies: CRS and transform, control points or RPCs."""
+    points, points_crs = file.gcps
+    place: dict[str, Any] = {"crs": file.crs, "transform": file.transform}
+    if points:
+        place = {"crs": points_crs, "gcps": points}
+    if file.rpcs is not None:
+        place["rpcs"] = file.rpcs
+    return place
 
 
 def quiet_open(path: Path, mode: str = "r", **profile: Any) -> Any:

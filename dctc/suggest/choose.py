@@ -16,7 +16,7 @@ from dctc.data.loaders import Normaliser
 from dctc.data.tiles import TileDataset
 from dctc.evaluation.confusion import entropy
 from dctc.evaluation.evaluate import STUDENTS
-from dctc.evaluation.model import check_fit
+from dctc.evaluation.model import check_fit, check_net
 from dctc.methods.base import inference
 from shards.errors import InputError
 from shards.index import Index
@@ -81,6 +81,7 @@ def suggest(
         InputError: fewer such tiles than ``budget``, an unknown net, or a dataset of other bands or another pixel type.
     """
     check_fit(bundle, dataset, classes=False)
+    check_net(bundle, net)
     index = Index.open(dataset)
     labelled = index.labelled_rows(Fraction(1) if share is None else share)
     rows = np.setdiff1d(index.rows("train"), labelled)
@@ -92,7 +93,7 @@ def suggest(
     if not 1 <= budget <= len(rows):
         raise InputError(f"--budget {budget}: {dataset.location} has {len(rows)} unlabelled training tiles: 1 to that")
     scored = score_tiles(bundle, dataset, rows, net, batch, progress)
-    order = spread(scored.score, index.scene[rows], budget)
+    order = spread(scored.score, index.scene[rows], budget, index.scene[labelled])
     picked = Scored(
         scored.rows[order],
         scored.entropy[order],
@@ -123,8 +124,6 @@ def score_tiles(
             raw = tiles.__getitems__([(0, int(row)) for row in rows[places]])
             valid = raw["valid"].to(bundle.device)
             nets = bundle.method.logits(normaliser(raw["images"].to(bundle.device), valid))
-            if name not in nets:
-                raise InputError(f"net {name!r} is not in this model: it has {', '.join(nets)}")
             doubts[places] = _mean(entropy(nets[name]), valid)
             students = nets.keys() >= set(STUDENTS)
             if students:
@@ -146,17 +145,19 @@ def _mean(values: torch.Tensor, valid: torch.Tensor) -> Floats:
     return mean
 
 
-def spread(score: Floats, scenes: NDArray[np.integer], budget: int) -> NDArray[np.int64]:
-    """Places of the ``budget`` best tiles with an equal quota for every scene, the best first; ties: the first one.
+def spread(score: Floats, scenes: NDArray[np.integer], budget: int, labelled: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Places of ``budget`` tiles, an equal number a scene, the best score first; ties: the first one.
 
-    The quota is the smallest number of tiles a scene that fills the budget: with plenty in each of S scenes,
-    ceil(budget / S). A scene with fewer tiles leaves its part to all others.
+    ``scenes`` [N] are the scenes of the tiles, ``labelled`` those of the tiles that have a label, each as often as it
+    has such tiles. The budget goes to the scenes with the fewest labelled tiles, old and new, until they are level, and
+    from there on round by round; where a round does not reach all, the scenes with the higher scores get theirs. Of a
+    scene the best tiles are taken. What a scene has already counts because scenes differ in light, season and ground.
     """
     order = np.argsort(-score, kind="stable")
-    place = np.zeros(len(score), np.int64)  # of a tile among those of its scene, from 0
+    place = np.zeros(len(score), np.int64)  # of a tile among those of its scene, from the number of labelled ones
     for scene in np.unique(scenes):
         of_scene = order[scenes[order] == scene]
-        place[of_scene] = np.arange(len(of_scene))
-    quota = np.sort(place)[budget - 1] + 1
-    within: NDArray[np.int64] = order[place[order] < quota]
-    return within[:budget]
+        place[of_scene] = np.arange(len(of_scene)) + np.count_nonzero(labelled == scene)
+    chosen = np.lexsort((-score, place))[:budget]
+    best_first: NDArray[np.int64] = chosen[np.lexsort((chosen, -score[chosen]))]
+    return best_first

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-import rasterio
-from rasterio.errors import NotGeoreferencedWarning
+from numpy.typing import NDArray
 
 from dctc.evaluation.confusion import Scores, write_rows
 from dctc.tracking.figures import confusion_picture, panel, save_picture, stretch
+from dctc.whole_scenes.score import SceneScore, SceneScores, picture_places, read_map
 from shards.manifest import IGNORE, ClassInfo
 
-if TYPE_CHECKING:
-    from dctc.whole_scenes.score import SceneScore, SceneScores
-
-LONGEST = 1024  # pixels of a picture's longer side; larger scenes are thinned out
 COLUMNS = ("miou", "pa", "mpa", "f1", "kappa")
 RIGHT, WRONG = (225, 240, 225), (200, 20, 30)
 
@@ -62,23 +57,16 @@ def error_picture(score: SceneScore, classes: Sequence[ClassInfo], folder: Path)
 
     Errors are red, what is right is pale green, what has no label or no prediction is hatched.
     """
-    height, width = score.truth.shape
-    step = max(1, -(-max(height, width) // LONGEST))
-    rows, columns = (np.arange(step // 2, size, step) for size in (height, width))
+    rows, columns = picture_places(*score.truth.shape)
     places = np.ix_(rows, columns)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with rasterio.open(score.image) as file, rasterio.open(score.map) as predicted_file:
-            bands = list(score.bands)[:3] if len(score.bands) >= 3 else list(score.bands)[:1]
-            image = file.read(bands, out_shape=(len(bands), len(rows), len(columns)))
-            predicted = predicted_file.read(1)[places]
+    predicted = read_map(score.map)[places]
     truth = score.truth[places]
-    shown = stretch(image[None], (predicted != IGNORE)[None])
+    shown = stretch(score.shown[None], (predicted != IGNORE)[None])
     judged = np.where((predicted == truth)[..., None], RIGHT, WRONG).astype(np.uint8)
     scored = (truth != IGNORE) & (predicted != IGNORE)
     # The panel hatches pixels that are not finite in a column of images.
     errors = np.where(scored[..., None], judged.astype(np.float32), np.nan)
-    table = {
+    table: dict[str, NDArray[Any]] = {
         "image": shown.transpose(0, 3, 1, 2).astype(np.float32),
         "label": truth[None],
         "prediction": predicted[None],

@@ -17,8 +17,10 @@ from rasterio.errors import NotGeoreferencedWarning
 from dctc.bundle import Bundle
 from dctc.evaluation.confusion import ConfusionMatrix, Scores
 from dctc.evaluation.evaluate import CLUTTER
+from dctc.evaluation.model import check_fit, check_net
 from dctc.mapping.predict import predict_scene
 from dctc.whole_scenes.boundaries import near_boundary
+from dctc.whole_scenes.source import open_source
 from shards.errors import InputError
 from shards.labels import FIRST_REASON
 from shards.manifest import IGNORE, SPLITS, Dataset
@@ -26,6 +28,8 @@ from shards.reading import open_scene
 from shards.recipe import Recipe
 from shards.report import read_plan
 from shards.scenes import Scene, find_scenes
+
+LONGEST = 1024  # pixels of a picture's longer side; larger scenes are thinned out
 
 Ids = NDArray[np.uint8]
 
@@ -39,8 +43,8 @@ class SceneScore:
         matrix, eroded: pixels int64 [K,K], rows truth, columns prediction; of all labelled pixels, and of those not
             near a class boundary.
         unpredicted: labelled pixels where the map has no data; they are in neither matrix.
-        map, image: files; ``bands`` of the image, from 1, are the model's.
-        truth: class ids uint8 [H,W], 255 where there is no label; empty once the picture is drawn.
+        map, image: files; ``shown``: the image thinned out for a picture, [1 or 3, h, w] at ``picture_places``.
+        truth: class ids uint8 [H,W], 255 where there is no label; empty, as ``shown``, once the picture is drawn.
     """
 
     name: str
@@ -49,7 +53,7 @@ class SceneScore:
     unpredicted: int
     map: Path
     image: Path
-    bands: Sequence[int]
+    shown: NDArray[Any]
     truth: Ids
 
 
@@ -116,11 +120,13 @@ class ScenesToScore:
         """Find the rasters of a split.
 
         Raises:
-            InputError: no labelled scene in the split, one that also has tiles in another split, one of several files,
-                or files that are not below ``root``.
+            InputError: no labelled scene in the split, one that also has tiles in another split, files that are not
+                below ``root``, a dataset that does not fit the model, or a net that it has not.
         """
         if split not in SPLITS:
             raise InputError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+        check_fit(bundle, dataset)
+        check_net(bundle, net)
         plan = read_plan(dataset)
         recipe = Recipe.model_validate(plan["recipe"])
         wanted = [scene for scene in plan["scenes"] if scene["tiles"][split] and scene["labelled"]]
@@ -139,11 +145,6 @@ class ScenesToScore:
             name = record["id"]
             if name not in found or found[name].label is None:
                 raise InputError(f"{root}: has no image and label of scene {name!r}; give --root as for `dctc shard`")
-            if len(found[name].images) > 1:
-                raise InputError(
-                    f"{root / found[name].image}: scene {name!r} is a stack of {len(found[name].images)} files, and "
-                    "maps are made of one file: stack them (gdalbuildvrt -separate) and pack that"
-                )
             scenes.append(found[name])
         return cls(bundle, recipe, root, scenes, net or bundle.headline)
 
@@ -168,17 +169,17 @@ class ScenesToScore:
         return SceneScores(self.net, names, per_scene, Totals.of(scores, names), pictures)
 
     def _score(self, scene: Scene, maps: Path, batch: int, device: torch.device) -> SceneScore:
-        image, bands = self.root / scene.image, self.recipe.bands.indexes
-        outputs = predict_scene(
-            self.bundle, image, maps, net=self.net, batch=batch, device=device, bands=bands,
-            nodata=self.recipe.nodata.value,
-        )  # fmt: skip
+        with open_source(self.recipe, self.root, scene, self.bundle.dtype) as source:
+            outputs = predict_scene(
+                self.bundle, source.path, maps, net=self.net, batch=batch, device=device, source=source
+            )
+            shown = source.thinned(*picture_places(source.height, source.width), 3 if len(self.bundle.bands) > 2 else 1)
         truth = read_truth(self.recipe, self.root, scene, self.bundle.tile_size)
         predicted = read_map(outputs.classes)
         missing = predicted == IGNORE
         counted = [self._count(predicted, truth, hidden) for hidden in (missing, missing | near_boundary(truth))]
         unpredicted = int((missing & (truth != IGNORE)).sum())
-        return SceneScore(scene.id, counted[0], counted[1], unpredicted, outputs.classes, image, bands, truth)
+        return SceneScore(scene.id, counted[0], counted[1], unpredicted, outputs.classes, source.path, shown, truth)
 
     def _count(self, predicted: Ids, truth: Ids, hidden: NDArray[np.bool_]) -> NDArray[np.int64]:
         confusion = ConfusionMatrix(len(self.bundle.classes))
@@ -190,9 +191,15 @@ class ScenesToScore:
         return matrix
 
 
+def picture_places(height: int, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and columns of a scene that its picture shows, at equal distances."""
+    step = max(1, -(-max(height, width) // LONGEST))
+    return np.arange(step // 2, height, step), np.arange(step // 2, width, step)
+
+
 def _without_truth(score: SceneScore) -> SceneScore:
-    """Without the label raster, which nobody needs once the picture is drawn."""
-    return replace(score, truth=score.truth[:0])
+    """Without what nobody needs once the picture is drawn."""
+    return replace(score, truth=score.truth[:0], shown=score.shown[:0])
 
 
 def read_truth(recipe: Recipe, root: Path, scene: Scene, tile: int) -> Ids:

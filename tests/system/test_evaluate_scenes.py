@@ -10,14 +10,31 @@ from typing import Any
 import numpy as np
 import pytest
 import rasterio
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import binary_erosion
 from sklearn.metrics import confusion_matrix
 
 from dctc.whole_scenes.boundaries import STRIP, near_boundary
+from dctc.whole_scenes.source import open_source
+from shards.index import Index, tile_name
+from shards.manifest import Dataset
+from shards.recipe import load_recipe
+from shards.scenes import find_scenes
+from shards.tiles import read_tile
 from tests.system.oracle import COLORS
-from tests.tiny import run
+from tests.tiny import ROOT, run
+
+STACK = r"""
+image: {pattern: '(?P<scene>\d+_\d+)_(?P<band>[rgba])\.tif', files: [r, g, b, a]}
+label: {pattern: '.*top_potsdam_(?P<scene>\d+_\d+)_label\.tif', kind: palette}
+mask: {pattern: '(?P<scene>\d+_\d+)_mask\.tif', applies_to: image}
+bands: {names: [red, green, blue], keep: [1, 2, 3]}
+nodata: {value: 0, match: any, alpha: 4}
+tile: {size: 32, edge: pad}
+splits: {protocol: scene, scene: {test_share: 0.4, val_share: 0.1}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +131,67 @@ def test_what_cannot_be(tiny_dataset: Path, tiny_model: Path, tmp_path: Path) ->
     done = run("dctc", "evaluate", tiny_model, by_tile, "--scenes", "--root", scenes, check=False)
     assert done.returncode == 2
     assert "has tiles in test and in train" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def stacks(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: Path) -> Path:
+    """Towns as stacks of single-band files with every way to say "no data": one band's value, alpha, a mask."""
+    folder = tmp_path_factory.mktemp("stacks")
+    for label in (tiny_dataset.parent / "scenes").rglob("*_label.tif"):
+        name = label.name.removeprefix("top_potsdam_").removesuffix("_label.tif")
+        with rasterio.open(label.with_name(label.name.replace("label", "RGB"))) as file:
+            bands, profile = file.read().clip(1), {**file.profile, "count": 1, "photometric": None}
+        layers = dict(zip("rgb", bands, strict=True)) | {k: np.full_like(bands[0], 255) for k in ("a", "mask")}
+        for key, place in (("g", np.s_[5:20, 3:60]), ("a", np.s_[40:70, 10:30]), ("mask", np.s_[80:, 50:])):
+            layers[key][place] = 0
+        for key, pixels in layers.items():
+            with rasterio.open(folder / f"{name}_{key}.tif", "w", **profile) as file:
+                file.write(pixels, 1)
+        (folder / label.name).write_bytes(label.read_bytes())
+    recipe = yaml.safe_load((ROOT / "configs" / "data" / "synthetic.yaml").read_text()) | yaml.safe_load(STACK)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run("dctc", "shard", folder / "recipe.yaml", folder / "dataset", "--root", folder, "--workers", 1)
+    return folder
+
+
+def test_rows_are_those_of_the_packed_tiles(stacks: Path) -> None:
+    dataset, recipe = Dataset.open(stacks / "dataset"), load_recipe(stacks / "recipe.yaml")
+    index = Index.open(dataset)
+    scenes = {scene.id: scene for scene in find_scenes(recipe, stacks)}
+    seen = 0
+    for row in range(len(index)):
+        tile = read_tile(dataset, index, row)
+        top, left = (tile.meta["window"][key] for key in ("row", "col"))
+        with open_source(recipe, stacks, scenes[tile.meta["scene"]], "uint8") as source:
+            values, valid = source.read(top, top + 32)
+        assert (values[:, :, left : left + 32] == tile.image).all(), tile_name(dataset, index, row)
+        assert (valid[:, left : left + 32] == tile.valid).all()
+        seen += int((~tile.valid).sum())
+    assert seen == len(scenes) * (15 * 57 + 30 * 20 + 16 * 46)
+
+
+def test_maps_have_no_data_where_training_has_none(stacks: Path, tiny_model: Path, tmp_path: Path) -> None:
+    done = run("dctc", "evaluate", tiny_model, stacks / "dataset", "--scenes", "--root", stacks, "--out", tmp_path,
+               "--json")  # fmt: skip
+    record = json.loads(done.stdout)["scenes"]
+    hidden = np.zeros((96, 96), bool)
+    hidden[5:20, 3:60] = hidden[40:70, 10:30] = hidden[80:, 50:] = True
+    totals = record["total"]
+    assert totals["all"]["pixels"] == len(record["scenes"]) * int((~hidden).sum())
+    assert totals["unpredicted"] == 0  # what training does not see has no label either
+    for name, picture in record["pictures"].items():
+        with rasterio.open(tmp_path / "maps" / f"{name}_r_classes.tif") as file:
+            assert ((file.read(1) == 255) == hidden).all()
+            with rasterio.open(stacks / f"{name}_r.tif") as image:
+                assert (file.crs, file.transform) == (image.crs, image.transform)
+        assert Path(picture).name == f"{name}_r_errors.png"
+
+
+def test_an_unknown_net_is_said_at_once(tiny_dataset: Path, tiny_model: Path, tmp_path: Path) -> None:
+    done = run(
+        "dctc", "evaluate", tiny_model, tiny_dataset, "--scenes", "--root", tiny_dataset.parent / "scenes", "--net",
+        "s9", "--out", tmp_path / "out", check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "net 's9' is not in this model: it has s1, s2" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -61,6 +61,65 @@ def test_a_suggestion_is_packed_and_trained_on(tiny_dataset: Path, tiny_model: P
     assert (tmp_path / "runs" / "synthetic-files" / "again" / "model.safetensors").exists()
 
 
+def test_scenes_without_any_label(tiny_dataset: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """Half of the scenes have no label file; an annotator then draws the suggested tiles alone."""
+    scenes = Path(shutil.copytree(tiny_dataset.parent / "scenes", tmp_path / "scenes"))
+    labels = sorted(scenes.rglob("*_label.tif"))
+    drawn = {path: path.with_suffix(".later") for path in labels[::2]}
+    for path, later in drawn.items():
+        path.rename(later)
+    pack = ("--root", scenes, "--workers", 1, "tile.size=32", "label.ignore_colors=[[1, 2, 3]]")
+    run("dctc", "shard", RECIPE, tmp_path / "old", *pack)
+    old = Dataset.open(tmp_path / "old")
+    index = Index.open(old)
+    start = keys(old, index.labelled_rows(Fraction(1)).tolist())
+    bare = {path.name.removeprefix("top_potsdam_").removesuffix("_label.tif") for path in drawn}
+    record = suggested(tmp_path / "old", tiny_model, tmp_path / "tiles.gpkg", 6)
+    assert record["labelled"] == len(start) > 0
+    assert record["candidates"] == len(index.rows("train")) - len(start)
+    assert record["labelled_share"] == "1"
+    assert {tile["scene"] for tile in record["tiles"]} == bare  # the others have more labels than six could give
+    for path, later in drawn.items():
+        name = path.name.removeprefix("top_potsdam_").removesuffix("_label.tif")
+        with rasterio.open(later) as file:
+            colors, profile = file.read(), file.profile
+        unlabelled = np.full_like(colors, 0) + np.array([1, 2, 3], np.uint8)[:, None, None]
+        for tile in record["tiles"]:
+            if tile["scene"] == name:
+                window = np.s_[:, tile["row"] : tile["row"] + 32, tile["col"] : tile["col"] + 32]
+                unlabelled[window] = colors[window]
+        with rasterio.open(path, "w", **profile) as file:
+            file.write(unlabelled)
+    run("dctc", "shard", RECIPE, tmp_path / "new", *pack, *record["shard_overrides"])
+    new = Dataset.open(tmp_path / "new")
+    learnt = keys(new, Index.open(new).labelled_rows(Fraction(1)).tolist())
+    assert learnt == [*start, *(tile["tile"] for tile in record["tiles"])]
+    for split in ("train", "val", "test"):
+        assert keys(new, Index.open(new).rows(split).tolist()) == keys(old, index.rows(split).tolist())
+    share = {"dataset": str(tmp_path / "new"), "labelled_share": record["labelled_share"]}
+    run("dctc", "train", write_config(tmp_path / "again.yaml", tmp_path / "new", data=share, schedule={"rounds": 1}))
+    assert (tmp_path / "runs" / "synthetic-files" / "again" / "model.safetensors").exists()
+    with_all = run(
+        "dctc", "suggest", tmp_path / "new", tiny_model, "--budget", 3, "--out", tmp_path / "next.gpkg", "--json"
+    )
+    again = json.loads(with_all.stdout)
+    assert not {tile["tile"] for tile in again["tiles"]} & set(learnt)
+
+
+def test_imagery_alone(tiny_dataset: Path, tiny_model: Path, tmp_path: Path) -> None:
+    """No label and no class in the recipe: a first suggestion, packed with its labels when they are there."""
+    scenes = tiny_dataset.parent / "scenes"
+    run("dctc", "shard", RECIPE, tmp_path / "old", "--root", scenes, "--workers", 1, "tile.size=32", "label=null")
+    old = Dataset.open(tmp_path / "old")
+    record = suggested(tmp_path / "old", tiny_model, tmp_path / "tiles.gpkg", 9)
+    assert (record["labelled"], record["candidates"]) == (0, len(Index.open(old)))
+    run("dctc", "shard", RECIPE, tmp_path / "new", "--root", scenes, "--workers", 1, "tile.size=32",
+        *record["shard_overrides"])  # fmt: skip
+    new = Dataset.open(tmp_path / "new")
+    first = Index.open(new).labelled_rows(Fraction(9, new.manifest.labelled.total))
+    assert keys(new, first.tolist()) == [tile["tile"] for tile in record["tiles"]]
+
+
 def test_the_same_files_each_time(tiny_dataset: Path, tiny_model: Path, tmp_path: Path) -> None:
     files = []
     for name, batch in (("a", 8), ("b", 8), ("c", 3)):
@@ -123,12 +182,27 @@ def test_scores_are_the_models(tiny_dataset: Path, tiny_model: Path) -> None:
 def test_equal_quotas() -> None:
     score = np.array([9.0, 8, 7, 6, 5, 4, 3, 2])
     scenes = np.array([0, 0, 0, 0, 1, 1, 2, 2])
-    assert spread(score, scenes, 3).tolist() == [0, 4, 6]  # one a scene
-    assert spread(score, scenes, 2).tolist() == [0, 4]  # the best of those
-    assert spread(score, scenes, 5).tolist() == [0, 1, 4, 5, 6]
-    assert spread(score, scenes, 7).tolist() == [0, 1, 2, 4, 5, 6, 7]  # scenes 1 and 2 have no third
-    assert spread(score, scenes, 8).tolist() == list(range(8))
-    assert spread(np.zeros(4), np.array([1, 1, 0, 0]), 2).tolist() == [0, 2]  # ties: the first
+    none = np.array([], np.int64)
+    assert spread(score, scenes, 3, none).tolist() == [0, 4, 6]  # one a scene
+    assert spread(score, scenes, 2, none).tolist() == [0, 4]  # the best of those
+    assert spread(score, scenes, 5, none).tolist() == [0, 1, 4, 5, 6]
+    assert spread(score, scenes, 7, none).tolist() == [0, 1, 2, 4, 5, 6, 7]  # scenes 1 and 2 have no third
+    assert spread(score, scenes, 8, none).tolist() == list(range(8))
+    assert spread(np.zeros(4), np.array([1, 1, 0, 0]), 2, none).tolist() == [0, 2]  # ties: the first
+
+
+def test_a_quota_counts_what_is_labelled() -> None:
+    score = np.array([9.0, 8, 7, 6, 5, 4, 3, 2])
+    scenes = np.array([0, 0, 0, 0, 1, 1, 2, 2])
+    assert spread(score, scenes, 2, np.array([0])).tolist() == [4, 6]  # scenes without a label
+    assert spread(score, scenes, 3, np.array([0])).tolist() == [0, 4, 6]  # and then one more
+    assert spread(score, scenes, 4, np.array([0, 0, 2])).tolist() == [0, 4, 5, 6]
+    assert spread(score, scenes, 2, np.array([1, 1, 2, 7])).tolist() == [0, 1]
+    assert spread(np.array([9.0, 8, 1]), np.array([0, 0, 1]), 2, np.array([2])).tolist() == [
+        0,
+        2,
+    ]  # low, but not left out
+    assert spread(score, scenes, 8, np.array([0, 1, 1, 1])).tolist() == list(range(8))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from shards.errors import InputError
 from shards.manifest import IGNORE, ClassInfo
 
 PROBABILITY_STEPS = 250  # probabilities are stored as round(250 p) in uint8: steps of 0.004, and 255 stays free
+ROWS_AT_ONCE = 64  # rendered: what lies between probabilities and a file is several times as large as the file's rows
 GDAL_CACHE_BYTES = 256 << 20  # GDAL's default is 5 % of the machine's memory
 VIEWS = tuple((turns, flip) for flip in (False, True) for turns in range(4))  # of a square; the first is the identity
 
@@ -250,16 +251,26 @@ class _Renderer:
     @torch.inference_mode()
     def __call__(self, blended: Tensor, valid: NDArray[np.bool_]) -> None:
         """Append rows [channels, n, width] whose pixels outside ``valid`` [n, width] become nodata."""
-        if not np.isfinite(blended.sum(0).cpu().numpy()[valid]).all():
-            raise InputError(
-                f"{self._scene}: the model's predictions are not finite; it is damaged, or diverged in training"
-            )
+        for start in range(0, len(valid), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            if not np.isfinite(blended[:, part].sum(0).cpu().numpy()[valid[part]]).all():
+                raise InputError(
+                    f"{self._scene}: the model's predictions are not finite; it is damaged, or diverged in training"
+                )
         for kind in self._maps.drafts:
             channels = blended[self._count :] if kind == "disagreement" else blended[: self._count]
-            values, nodata = getattr(self, f"_{kind}")(channels)
+            self._maps.append(kind, self._rows(kind, channels, valid))
+
+    def _rows(self, kind: str, channels: Tensor, valid: NDArray[np.bool_]) -> NDArray[Any]:
+        """What a file holds of these rows, a few of them at a time."""
+        parts = []
+        for start in range(0, len(valid), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            values, nodata = getattr(self, f"_{kind}")(channels[:, part])
             array: NDArray[Any] = values.cpu().numpy()
-            array[:, ~valid] = nodata
-            self._maps.append(kind, array)
+            array[:, ~valid[part]] = nodata
+            parts.append(array)
+        return np.concatenate(parts, axis=1)
 
     @staticmethod
     def _classes(blended: Tensor) -> tuple[Tensor, float]:

@@ -110,7 +110,7 @@ def report(rows: list[int], width: int, everything: bool) -> tuple[list[str], bo
     """The table's lines, and whether the limit holds."""
     lines = [
         f"command: python benchmarks/{Path(__file__).name} {' '.join(sys.argv[1:])}".rstrip(),
-        f"date {date.today()}, {platform.machine()}, {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f} at first",
+        f"date {date.today()}, {platform.machine()}, {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}",
         f"Python {platform.python_version()}, torch {torch.__version__} on {torch.get_num_threads()} threads",
         f"GDAL {rasterio.__gdal_version__}, rasterio {rasterio.__version__}, numpy {np.__version__}",
         f"4 uint8 bands, windows of {TILE} px, overlap 0.25, {CLASSES} classes, "

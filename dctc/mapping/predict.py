@@ -25,6 +25,8 @@ from dctc.mapping.polygons import PolygonOptions, PolygonWriter
 from dctc.mapping.raster import Draft, Layer, MapSet, RowWriter, make_folder, write_text
 from dctc.mapping.record import Record
 from dctc.mapping.scene import Scene
+from dctc.mapping.share import Share, Whole
+from dctc.mapping.spool import Spools
 from dctc.mapping.windows import Band, Grid, reflect
 from shards.errors import InputError
 from shards.manifest import IGNORE, ClassInfo
@@ -96,6 +98,7 @@ def predict_scene(
     bands: Sequence[int] | None = None,
     nodata: float | None = None,
     record: Record | None = None,
+    share: Share | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Outputs:
     """Predict ``scene`` and write its maps into the folder ``out``, all of them whole or none.
@@ -120,6 +123,8 @@ def predict_scene(
         bands: which bands of the scene (from 1) are the model's; see :class:`dctc.mapping.raster.Scene`.
         nodata: value of pixels without data (in all bands), for scenes that do not say so themselves.
         record: written last, so that it stands beside finished maps only.
+        share: what this process predicts where several share a scene; all of it by default. The files are there when
+            the process that leads returns.
         progress: called with (pixels done, pixels in all) after each batch.
 
     Raises:
@@ -147,9 +152,13 @@ def predict_scene(
                 PolygonWriter, out / f"{scene.stem}_polygons.gpkg", source, model.classes, polygons
             )
         finals = {kind: out / f"{scene.stem}_{kind}.{'gpkg' if kind == 'polygons' else 'tif'}" for kind in drafts}
-        first = partial(Record.forget, out, scene)
-        with MapSet(drafts, first, partial(_finish, finals, model.classes, record)) as maps:
-            _sweep(source, grid, forward, _Renderer(maps, len(model.classes), scene), batch, progress)
+        first, last = partial(Record.forget, out, scene), partial(_finish, finals, model.classes, record)
+        share = share or Whole()
+        maps = MapSet(drafts, first, last) if share.leads else Spools({kind: finals[kind] for kind in layers})
+        with maps:
+            render = _Renderer(maps, len(model.classes), scene)
+            _sweep(source, grid, share.bands(len(grid.tops)), forward, render, batch, progress)
+            share.exchange(maps)
     get = finals.get
     return Outputs(
         finals["classes"], get("probabilities"), get("entropy"), get("disagreement"), get("polygons"),
@@ -243,7 +252,7 @@ def average_views(
 class _Renderer:
     """Turns blended probabilities into the rows of the files."""
 
-    def __init__(self, maps: MapSet, classes: int, scene: Path) -> None:
+    def __init__(self, maps: MapSet | Spools, classes: int, scene: Path) -> None:
         self._maps = maps
         self._count = classes
         self._scene = scene
@@ -257,7 +266,7 @@ class _Renderer:
                 raise InputError(
                     f"{self._scene}: the model's predictions are not finite; it is damaged, or diverged in training"
                 )
-        for kind in self._maps.drafts:
+        for kind in self._maps.kinds:
             channels = blended[self._count :] if kind == "disagreement" else blended[: self._count]
             self._maps.append(kind, self._rows(kind, channels, valid))
 
@@ -291,32 +300,35 @@ class _Renderer:
 def _sweep(
     source: Scene,
     grid: Grid,
+    own: range,
     forward: _Forward,
     render: _Renderer,
     batch: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Predict band after band; a thread reads the next one, another writes the one before."""
+    """Predict band after band of ``own``; a thread reads the next one, another writes the one before."""
     blend = Accumulator(forward.channels, grid, forward.device)
     writing: deque[Future[None]] = deque()
-    windows = 0
-    with ThreadPoolExecutor(1) as writer, closing(_read_ahead(source, grid)) as strips:
+    pixels = grid.height * grid.width
+    windows, total = 0, len(grid.lefts) * sum(1 for _ in grid.bands(own))
+    with ThreadPoolExecutor(1) as writer, closing(_read_ahead(source, grid, own)) as strips:
         for band, values, valid in strips:
             for columns in _batches(grid, valid, batch):
                 raw, seen = _cut(values, grid, columns), _cut(valid, grid, columns)
                 blend.add(forward(raw, seen), band, columns)
                 if progress is not None:
-                    done = windows + columns[-1] + 1
-                    progress(grid.height * grid.width * done // grid.windows, grid.height * grid.width)
+                    progress(pixels * (windows + columns[-1] + 1) // total, pixels)
             windows += len(grid.lefts)
-            rows = valid[: band.done - band.top, : grid.width]
             if writing:  # one flushed band at a time: it is as large as the blend itself
                 writing.popleft().result()
-            writing.append(writer.submit(render, blend.flush(band), rows))
+            blended = blend.flush(band)
+            if band.row in own:  # those before lack what windows further up add
+                writing.append(writer.submit(render, blended, valid[: band.done - band.top, : grid.width]))
+            del blended
         for pending in writing:
             pending.result()
     if progress is not None:
-        progress(grid.height * grid.width, grid.height * grid.width)
+        progress(pixels, pixels)
 
 
 def _batches(grid: Grid, valid: NDArray[np.bool_], batch: int) -> Iterator[list[int]]:
@@ -334,23 +346,23 @@ def _cut(strip: NDArray[Any], grid: Grid, columns: Sequence[int]) -> NDArray[Any
 _Strip = tuple[Band, NDArray[Any], NDArray[np.bool_]]
 
 
-def _read_ahead(source: Scene, grid: Grid) -> Generator[_Strip]:
+def _read_ahead(source: Scene, grid: Grid, own: range) -> Generator[_Strip]:
     """The strips of a scene; a thread reads the next one while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
-        strips = _strips(source, grid)
+        strips = _strips(source, grid, own)
         coming = pool.submit(next, strips, None)
         while (strip := coming.result()) is not None:
             coming = pool.submit(next, strips, None)
             yield strip
 
 
-def _strips(source: Scene, grid: Grid) -> Iterator[_Strip]:
+def _strips(source: Scene, grid: Grid, own: range) -> Iterator[_Strip]:
     """For each band its values [C, tile, width] and valid pixels [tile, width], padded; each row is read once."""
     values: NDArray[Any] | None = None
     valid: NDArray[np.bool_] | None = None
     bottom = 0
-    for band in grid.bands():
-        fresh_values, fresh_valid = source.read(bottom, band.bottom)
+    for band in grid.bands(own):
+        fresh_values, fresh_valid = source.read(max(bottom, band.top), band.bottom)
         if values is None or valid is None:
             values, valid = fresh_values, fresh_valid
         else:

@@ -315,9 +315,5 @@ def main() -> None:
         sys.exit(2)
 
 
-if __name__ == "__main__":
-    main()
-
-
 if __name__ == "__main__":  # accelerate launch -m dctc.cli predict ...
     main()

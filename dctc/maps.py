@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,6 +42,13 @@ def predict(
     minimum: Annotated[float, typer.Option("--polygon-min-area", help="leave out smaller ones, in pixels")] = 16,
     tolerance: Annotated[float, typer.Option("--polygon-tolerance", help="simplify outlines by, in pixels")] = 1,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="leave finished maps, or make all again")] = True,
+    split: Annotated[
+        bool | None,
+        typer.Option(
+            "--split-scenes/--whole-scenes",
+            help="several processes share each scene, or each has its own; default: share when scenes are fewer",
+        ),
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -49,7 +60,8 @@ def predict(
 
     from dctc.mapping.polygons import PolygonOptions
     from dctc.mapping.record import digest_of
-    from dctc.mapping.scenes import PredictOptions, Ranks, predict_scenes, scenes_of
+    from dctc.mapping.scenes import PredictOptions, predict_scenes, scenes_of
+    from dctc.mapping.team import Ranks, Team
 
     ranks = Ranks.from_environment()
     if as_json and ranks.world > 1:
@@ -63,11 +75,17 @@ def predict(
     gpus = torch.cuda.device_count()
     own = device_of(f"cuda:{ranks.local % gpus}" if device == "auto" and gpus and ranks.world > 1 else device)
     records = []
+    together = ranks.world > 1 and (len(found) < ranks.world if split is None else split)
     try:
-        with loaded_model(model, own) as (bundle, file), map_progress(len(found), ranks.rank == 0) as progress:
+        with (
+            _stoppable(),
+            Team(ranks) if together else nullcontext() as team,
+            loaded_model(model, own) as (bundle, file),
+            map_progress(len(found), ranks.rank == 0) as progress,
+        ):
             for maps in predict_scenes(
                 bundle, digest_of(file), found, folder, options, own,
-                batch=batch, resume=resume, ranks=ranks, progress=progress,
+                batch=batch, resume=resume, ranks=ranks, team=team, progress=progress,
             ):  # fmt: skip
                 records.append(_record(maps))
                 if not as_json:
@@ -77,6 +95,30 @@ def predict(
         raise typer.Exit(75) from None
     if as_json:
         print(json.dumps(records, indent=1))
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C or SIGTERM, the first of them, is a KeyboardInterrupt; further ones don't disturb what it tidies up.
+
+    A launcher passes a Ctrl-C on that its processes have had already.
+    """
+    kinds = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(_: int, __: FrameType | None) -> None:
+        for kind in kinds:
+            signal.signal(kind, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+    for kind in kinds:
+        if before[kind] is not signal.SIG_IGN:
+            signal.signal(kind, stop)
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def _record(maps: Predicted) -> dict[str, Any]:

@@ -60,7 +60,8 @@ class Accumulator:
         """The rows that ``band`` completed, [classes, band.done - band.top, width]; the buffer moves down."""
         rows = band.done - band.top
         complete = self.buffer[:, :rows, : self.grid.width].clone()
-        rest = self.buffer[:, rows:].clone()
-        self.buffer[:, : rest.shape[1]] = rest
-        self.buffer[:, rest.shape[1] :] = 0
+        rest = self.grid.tile - rows
+        for plane in self.buffer:  # class by class: the copy that moving needs is then small
+            plane[:rest] = plane[rows:].clone()
+        self.buffer[:, rest:] = 0
         return complete

@@ -25,11 +25,14 @@ from dctc.mapping.polygons import PolygonOptions, PolygonWriter
 from dctc.mapping.raster import Draft, Layer, MapSet, RowWriter, make_folder, write_text
 from dctc.mapping.record import Record
 from dctc.mapping.scene import Scene, Source
+from dctc.mapping.share import Share, Whole
+from dctc.mapping.spool import Spools
 from dctc.mapping.windows import Band, Grid, reflect
 from shards.errors import InputError
 from shards.manifest import IGNORE, ClassInfo
 
 PROBABILITY_STEPS = 250  # probabilities are stored as round(250 p) in uint8: steps of 0.004, and 255 stays free
+ROWS_AT_ONCE = 64  # rendered: what lies between probabilities and a file is several times as large as the file's rows
 GDAL_CACHE_BYTES = 256 << 20  # GDAL's default is 5 % of the machine's memory
 VIEWS = tuple((turns, flip) for flip in (False, True) for turns in range(4))  # of a square; the first is the identity
 
@@ -96,6 +99,7 @@ def predict_scene(
     nodata: float | None = None,
     source: Source | None = None,
     record: Record | None = None,
+    share: Share | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Outputs:
     """Predict ``scene`` and write its maps into the folder ``out``, all of them whole or none.
@@ -122,6 +126,8 @@ def predict_scene(
         source: an open reader of the scene's pixels in place of the file's own, as the model wants them; ``scene``
             then only names the maps, ``bands`` and ``nodata`` are not asked.
         record: written last, so that it stands beside finished maps only.
+        share: what this process predicts where several share a scene; all of it by default. The files are there when
+            the process that leads returns.
         progress: called with (pixels done, pixels in all) after each batch.
 
     Raises:
@@ -149,9 +155,13 @@ def predict_scene(
                 PolygonWriter, out / f"{scene.stem}_polygons.gpkg", pixels, model.classes, polygons
             )
         finals = {kind: out / f"{scene.stem}_{kind}.{'gpkg' if kind == 'polygons' else 'tif'}" for kind in drafts}
-        first = partial(Record.forget, out, scene)
-        with MapSet(drafts, first, partial(_finish, finals, model.classes, record)) as maps:
-            _sweep(pixels, grid, forward, _Renderer(maps, len(model.classes), scene), batch, progress)
+        first, last = partial(Record.forget, out, scene), partial(_finish, finals, model.classes, record)
+        share = share or Whole()
+        maps = MapSet(drafts, first, last) if share.leads else Spools({kind: finals[kind] for kind in layers})
+        with maps:
+            render = _Renderer(maps, len(model.classes), scene)
+            _sweep(pixels, grid, share.bands(len(grid.tops)), forward, render, batch, progress)
+            share.exchange(maps)
     get = finals.get
     return Outputs(
         finals["classes"], get("probabilities"), get("entropy"), get("disagreement"), get("polygons"),
@@ -245,7 +255,7 @@ def average_views(
 class _Renderer:
     """Turns blended probabilities into the rows of the files."""
 
-    def __init__(self, maps: MapSet, classes: int, scene: Path) -> None:
+    def __init__(self, maps: MapSet | Spools, classes: int, scene: Path) -> None:
         self._maps = maps
         self._count = classes
         self._scene = scene
@@ -253,16 +263,26 @@ class _Renderer:
     @torch.inference_mode()
     def __call__(self, blended: Tensor, valid: NDArray[np.bool_]) -> None:
         """Append rows [channels, n, width] whose pixels outside ``valid`` [n, width] become nodata."""
-        if not np.isfinite(blended.sum(0).cpu().numpy()[valid]).all():
-            raise InputError(
-                f"{self._scene}: the model's predictions are not finite; it is damaged, or diverged in training"
-            )
-        for kind in self._maps.drafts:
+        for start in range(0, len(valid), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            if not np.isfinite(blended[:, part].sum(0).cpu().numpy()[valid[part]]).all():
+                raise InputError(
+                    f"{self._scene}: the model's predictions are not finite; it is damaged, or diverged in training"
+                )
+        for kind in self._maps.kinds:
             channels = blended[self._count :] if kind == "disagreement" else blended[: self._count]
-            values, nodata = getattr(self, f"_{kind}")(channels)
+            self._maps.append(kind, self._rows(kind, channels, valid))
+
+    def _rows(self, kind: str, channels: Tensor, valid: NDArray[np.bool_]) -> NDArray[Any]:
+        """What a file holds of these rows, a few of them at a time."""
+        parts = []
+        for start in range(0, len(valid), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            values, nodata = getattr(self, f"_{kind}")(channels[:, part])
             array: NDArray[Any] = values.cpu().numpy()
-            array[:, ~valid] = nodata
-            self._maps.append(kind, array)
+            array[:, ~valid[part]] = nodata
+            parts.append(array)
+        return np.concatenate(parts, axis=1)
 
     @staticmethod
     def _classes(blended: Tensor) -> tuple[Tensor, float]:
@@ -283,32 +303,35 @@ class _Renderer:
 def _sweep(
     source: Source,
     grid: Grid,
+    own: range,
     forward: _Forward,
     render: _Renderer,
     batch: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Predict band after band; a thread reads the next one, another writes the one before."""
+    """Predict band after band of ``own``; a thread reads the next one, another writes the one before."""
     blend = Accumulator(forward.channels, grid, forward.device)
     writing: deque[Future[None]] = deque()
-    windows = 0
-    with ThreadPoolExecutor(1) as writer, closing(_read_ahead(source, grid)) as strips:
+    pixels = grid.height * grid.width
+    windows, total = 0, len(grid.lefts) * sum(1 for _ in grid.bands(own))
+    with ThreadPoolExecutor(1) as writer, closing(_read_ahead(source, grid, own)) as strips:
         for band, values, valid in strips:
             for columns in _batches(grid, valid, batch):
                 raw, seen = _cut(values, grid, columns), _cut(valid, grid, columns)
                 blend.add(forward(raw, seen), band, columns)
                 if progress is not None:
-                    done = windows + columns[-1] + 1
-                    progress(grid.height * grid.width * done // grid.windows, grid.height * grid.width)
+                    progress(pixels * (windows + columns[-1] + 1) // total, pixels)
             windows += len(grid.lefts)
-            rows = valid[: band.done - band.top, : grid.width]
             if writing:  # one flushed band at a time: it is as large as the blend itself
                 writing.popleft().result()
-            writing.append(writer.submit(render, blend.flush(band), rows))
+            blended = blend.flush(band)
+            if band.row in own:  # those before lack what windows further up add
+                writing.append(writer.submit(render, blended, valid[: band.done - band.top, : grid.width]))
+            del blended
         for pending in writing:
             pending.result()
     if progress is not None:
-        progress(grid.height * grid.width, grid.height * grid.width)
+        progress(pixels, pixels)
 
 
 def _batches(grid: Grid, valid: NDArray[np.bool_], batch: int) -> Iterator[list[int]]:
@@ -326,23 +349,23 @@ def _cut(strip: NDArray[Any], grid: Grid, columns: Sequence[int]) -> NDArray[Any
 _Strip = tuple[Band, NDArray[Any], NDArray[np.bool_]]
 
 
-def _read_ahead(source: Source, grid: Grid) -> Generator[_Strip]:
+def _read_ahead(source: Source, grid: Grid, own: range) -> Generator[_Strip]:
     """The strips of a scene; a thread reads the next one while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
-        strips = _strips(source, grid)
+        strips = _strips(source, grid, own)
         coming = pool.submit(next, strips, None)
         while (strip := coming.result()) is not None:
             coming = pool.submit(next, strips, None)
             yield strip
 
 
-def _strips(source: Source, grid: Grid) -> Iterator[_Strip]:
+def _strips(source: Source, grid: Grid, own: range) -> Iterator[_Strip]:
     """For each band its values [C, tile, width] and valid pixels [tile, width], padded; each row is read once."""
     values: NDArray[Any] | None = None
     valid: NDArray[np.bool_] | None = None
     bottom = 0
-    for band in grid.bands():
-        fresh_values, fresh_valid = source.read(bottom, band.bottom)
+    for band in grid.bands(own):
+        fresh_values, fresh_valid = source.read(max(bottom, band.top), band.bottom)
         if values is None or valid is None:
             values, valid = fresh_values, fresh_valid
         else:

@@ -74,9 +74,11 @@ class RowWriter:
         try:
             self._file = quiet_open(self.part, "w", **self._profile())
             self._describe()
-        except FAILURES as error:
+        except BaseException as error:
             self.discard()
-            raise self._unwritable(error) from None
+            if isinstance(error, FAILURES):
+                raise self._unwritable(error) from None
+            raise
 
     def append(self, rows: NDArray[Any]) -> None:
         """Add rows [bands, n, width] below those already added."""
@@ -242,6 +244,11 @@ class MapSet:
                 self._last()
         finally:
             self._discard()
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of the files."""
+        return list(self.drafts)
 
     def append(self, kind: str, rows: NDArray[Any]) -> None:
         """Add rows [bands, n, width] to one of the files."""

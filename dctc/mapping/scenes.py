@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,8 @@ from dctc.mapping.polygons import PolygonOptions
 from dctc.mapping.predict import SceneModel, predict_scene
 from dctc.mapping.record import Record
 from dctc.mapping.scene import Scene
+from dctc.mapping.share import Part
+from dctc.mapping.team import Ranks, Team
 from shards.errors import InputError
 
 RASTERS = {".tif", ".tiff", ".vrt", ".jp2", ".png", ".jpg", ".jpeg", ".img"}  # what a folder is searched for
@@ -45,21 +46,6 @@ class Predicted:
     scene: Path
     files: list[Path]
     pixels_per_s: float | None
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that one launcher started."""
-
-    rank: int = 0
-    world: int = 1
-    local: int = 0
-
-    @classmethod
-    def from_environment(cls) -> Ranks:
-        """As accelerate, torchrun and SLURM's wrappers of them say; alone where nothing is said."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0), strict=True)))
 
 
 def scenes_of(paths: Sequence[Path], out: Path) -> list[Path]:
@@ -101,6 +87,7 @@ def predict_scenes(
     batch: int | None = None,
     resume: bool = True,
     ranks: Ranks | None = None,
+    team: Team | None = None,
     progress: Callable[[Path, int, int], None] | None = None,
 ) -> Iterator[Predicted]:
     """Predict this process's share of the scenes, one after another; what is finished is not made again.
@@ -109,6 +96,7 @@ def predict_scenes(
         digest: of the model file; maps of another model are made again.
         batch: windows at once; found for the device when left out, and no part of what a finished map is known by.
         ranks: every ``world``-th scene, from ``rank`` on, is this process's.
+        team: instead of that, all processes predict each scene together, and the leader's results are given.
         progress: called with the scene, the pixels done of all its scenes and how many are to be done.
 
     Raises:
@@ -119,28 +107,41 @@ def predict_scenes(
     given = {name: getattr(options, name) for name in PredictOptions.__dataclass_fields__}
     record_of = {
         scene: Record(out, scene, digest, asdict(options) | {"net": options.net or model.headline})
-        for scene in scenes[ranks.rank :: ranks.world]
+        for scene in (scenes if team else scenes[ranks.rank :: ranks.world])
     }
     pixels: dict[Path, int] = {}
     for scene in record_of:
         with Scene(scene, model.bands, model.dtype, options.bands, options.nodata) as source:
             pixels[scene] = source.height * source.width
     finished = {scene: record.finished() if resume else None for scene, record in record_of.items()}
+    if team is not None:  # by the time that others look, the leader may have finished some
+        whole = team.same("finished", [files is not None for files in finished.values()])
+        pairs = zip(finished.items(), whole, strict=True)
+        finished = {scene: (files or []) if skip else None for (scene, files), skip in pairs}
     total = sum(pixels[scene] for scene, files in finished.items() if files is None)
+    if total and batch is None:
+        batch = find_batch(model, device)
+        batch = team.least("batch", batch) if team else batch
     before = 0
-    for scene, record in record_of.items():
+    for number, (scene, record) in enumerate(record_of.items()):
         if (files := finished[scene]) is not None:
-            yield Predicted(scene, files, None)
+            if team is None or team.rank == 0:
+                yield Predicted(scene, files, None)
             continue
-        batch = batch or find_batch(model, device)
 
         def advance(done: int, _: int, scene: Path = scene, before: int = before) -> None:
+            if team is not None:
+                team.check()
             if progress is not None:
                 progress(scene, before + done, total)
 
-        maps = predict_scene(model, scene, out, batch=batch, device=device, record=record, progress=advance, **given)
+        maps = predict_scene(
+            model, scene, out, batch=batch or 1, device=device, record=record, progress=advance,
+            share=Part(team, f"scene{number}") if team else None, **given,
+        )  # fmt: skip
         before += pixels[scene]
-        yield Predicted(scene, maps.files, maps.pixels_per_s)
+        if team is None or team.rank == 0:
+            yield Predicted(scene, maps.files, maps.pixels_per_s)
 
 
 def find_batch(model: SceneModel, device: torch.device) -> int:

@@ -71,10 +71,17 @@ class Grid:
         """How many windows there are."""
         return len(self.tops) * len(self.lefts)
 
-    def bands(self) -> Iterator[Band]:
-        """The rows of windows from top to bottom."""
-        for row, top in enumerate(self.tops):
-            last = row + 1 == len(self.tops)
+    def bands(self, own: range | None = None) -> Iterator[Band]:
+        """The rows of windows from top to bottom: all, or the ones of ``own`` and before them those that reach there.
+
+        With the latter, the rows of pixels that ``own`` completes get what all windows give them, in the same order.
+        """
+        rows = range(len(self.tops)) if own is None else own
+        if not rows:
+            return
+        first = next(row for row, top in enumerate(self.tops) if top + self.tile > self.tops[rows.start])
+        for row in range(first, rows.stop):
+            top, last = self.tops[row], row + 1 == len(self.tops)
             yield Band(row, top, min(top + self.tile, self.height), self.height if last else self.tops[row + 1])
 
 

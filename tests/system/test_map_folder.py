@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from dctc.mapping.polygons import PolygonOptions
-from dctc.mapping.scenes import Predicted, PredictOptions, Ranks, predict_scenes, scenes_of
+from dctc.mapping.scenes import Predicted, PredictOptions, predict_scenes, scenes_of
+from dctc.mapping.team import Ranks
 from shards.errors import InputError
 from tests.system.oracle import Oracle, labels, write_scene
 from tests.tiny import ROOT

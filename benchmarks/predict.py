@@ -7,7 +7,8 @@ A U-Net with random weights predicts a made town's scene (GeoTIFF, tiled deflate
 order that is reversed each time. A way's figure is the median; shares are medians of the repeats' own ratios, because a
 shared machine is faster in one minute than in the next.
 
-- forward: the net alone on the very windows that dctc predicts, held in memory. Limit: dctc has 90 % of its speed.
+- forward: the net alone on the very windows that dctc predicts, in the same batches, held in memory. Limit: dctc has
+  90 % of its speed.
 - plain: a rasterio loop, one window at a time, without overlap, and with dctc's windows of which the core is written.
 - torchgeo: RasterDataset, GridGeoSampler and a DataLoader with one worker; its batches are averaged in a scene-sized
   array. Its environment is ours and, by `pip install --no-deps`: torchgeo==0.8.1 torchvision==0.15.2 (later ones do not
@@ -168,7 +169,7 @@ def write_model(path: Path, width: int, tile: int) -> None:
     torch.manual_seed(0)
     network = NetworkSpec(3, len(CLASSES), "unet", width)
     method = build_method("supervised", network, {})
-    town = torch.from_numpy(np.moveaxis(render(0, 0, tile)[0], -1, 0).copy())[None]
+    town = torch.from_numpy(np.moveaxis(render(0, 0, 256)[0], -1, 0).copy())[None]
     for module in method.parts.values():
         module.eval()
     with torch.no_grad():
@@ -228,7 +229,7 @@ def options_of(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Whole scenes against the net alone, plain loops and torchgeo")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--size", type=int, nargs=2, default=(1000, 850), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--size", type=int, nargs=2, default=(820, 820), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--tile", type=int, default=256, help="pixels of a window's side")
     parser.add_argument("--width", type=int, default=16, help="of the U-Net")
     parser.add_argument("--overlap", type=float, default=0.25)

@@ -239,7 +239,10 @@ def test_boxes_cover_no_more_than_they_may(count: int, ends: list[float], size: 
     assert float(share.max()) > 0
     alone = box_masks(spec, (0, 1, 0), rows[6:8], rows[6:8], size, CPU)
     assert torch.equal(alone, masks[6:8]), "a sample's boxes do not depend on its batch"
-    assert not torch.equal(box_masks(spec, (0, 1, 1), rows, rows, size, CPU), masks), "each view has its own"
+    other = box_masks(spec, (0, 1, 1), rows, rows, size, CPU)
+    assert masks.all() or not torch.equal(other, masks), (
+        "each view has its own"
+    )  # a box of the whole tile has one place
 
 
 def test_boxes_never_mix_a_tile_with_itself() -> None:

@@ -161,7 +161,12 @@ def test_what_a_run_took(
     told: dict[str, float] = {}
     built.tracker = cast(
         Tracker,
-        SimpleNamespace(metrics=lambda values, _: told.update(values), artifact=lambda _: None, run_id=None),
+        SimpleNamespace(
+            metrics=lambda values, _: told.update(values),
+            artifact=lambda _: None,
+            run_id=None,
+            await_run_id=lambda: None,
+        ),
     )
     built.progress.seconds = 12.5
     monkeypatch.setattr(built.parallel, "gather", lambda own: [own, own + 7.0])

@@ -164,6 +164,7 @@ def test_what_a_run_took(
         SimpleNamespace(
             metrics=lambda values, _: told.update(values),
             artifact=lambda _: None,
+            model=lambda _: None,
             run_id=None,
             await_run_id=lambda: None,
         ),

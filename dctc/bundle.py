@@ -250,10 +250,21 @@ def save_bundle(path: Path, description: Description, weights: Mapping[str, Mapp
         for key, tensor in state.items()
     }
     text = description.to_json()
-    data = save(tensors, {METADATA_KEY: text, DIGEST_KEY: digest(text, tensors)})
+    data = memoryview(save(tensors, {METADATA_KEY: text, DIGEST_KEY: digest(text, tensors)}))
+    start = 8 + int.from_bytes(data[:8], "little")
     draft = path.with_name(f".{path.name}.tmp")
     with draft.open("wb") as file:
-        file.write(data)
+        file.write(_ordered(bytes(data[8:start])))
+        file.write(data[start:])
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
+
+
+def _ordered(header: bytes) -> bytes:
+    """A safetensors header with its length, metadata sorted: safetensors writes them in an order that changes."""
+    entries = json.loads(header)
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # its tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text

@@ -29,6 +29,7 @@ SYMMETRIES = 8  # of a square: four quarter turns, each also mirrored
 SMALLEST, LARGEST = 0.5, 2.0  # scales of the weak view
 CUTMIX_VIEW = 255  # keeps the boxes apart from the views
 BOXES_VIEW = 128  # and those of view i, at 128 + i
+KEYS_VIEW = 127
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,13 @@ def cutmix_masks(seed: int, stream: int, positions: Tensor, rows: Tensor, size: 
 
 @dataclass(frozen=True)
 class BoxSpec:
-    """``count`` boxes in a tile, of equal area, whose areas sum to a share of it uniform in [smallest, largest]."""
+    """``count`` boxes in a tile, of equal area, whose areas sum to a share of it uniform in [smallest, largest]; with
+    probability 1 - ``chance`` it has none."""
 
     count: int
     smallest: float
     largest: float
+    chance: float = 1.0
 
 
 def box_masks(
@@ -157,7 +160,8 @@ def box_masks(
     With u of the sample's own words each box has area a = (smallest + (largest - smallest) u0) / count of the tile. Its
     height is size * a^u1, its width size * a^(1 - u1), both rounded (so the shapes range from a full column to a full
     row, as in the CutMix of French et al., 2020), its upper left corner floor(u2 * (size - height + 1)),
-    floor(u3 * (size - width + 1)); u1, u2, u3 are drawn for each box.
+    floor(u3 * (size - width + 1)); u1, u2, u3 are drawn for each box. Where u0 >= chance there is no box; u0 / chance
+    stands for u0 elsewhere.
 
     Args:
         key: seed, stream, number of the view.
@@ -167,16 +171,23 @@ def box_masks(
     seed, stream, view = key
     words = augmentation_words(seed, stream, positions.numpy(), 1 + 3 * spec.count, BOXES_VIEW + view)
     numbers = uniform(words)
-    area = (spec.smallest + (spec.largest - spec.smallest) * numbers[:, :1]) / spec.count  # [B,1]
+    drawn = numbers[:, :1] / spec.chance  # [B,1]
+    area = (spec.smallest + (spec.largest - spec.smallest) * drawn.clip(max=1)) / spec.count
     along, corner = numbers[:, 1 : 1 + spec.count], numbers[:, 1 + spec.count :].reshape(len(numbers), spec.count, 2)
     sides = np.rint(size * np.stack([area**along, area ** (1 - along)], -1)).astype(np.int64)
     other = rows.numpy()[partners(len(rows), torch.device("cpu")).numpy()]
-    sides[rows.numpy() == other] = 0
+    sides[(rows.numpy() == other) | (drawn[:, 0] >= 1)] = 0
     first = np.floor(corner * (size - sides + 1)).astype(np.int64)
     edges = torch.from_numpy(np.stack([first, first + sides], -1)).to(device, non_blocking=True)  # [B,count,2,2]
     axis = torch.arange(size, device=device)
     inside = (axis >= edges[..., :1]) & (axis < edges[..., 1:])  # [B,count,2,size]: rows, columns
     return (inside[:, :, 0, :, None] & inside[:, :, 1, None, :]).any(dim=1)
+
+
+def sample_keys(seed: int, stream: int, positions: Tensor) -> tuple[int, ...]:
+    """A random number in [0, 2^63) for each stream position [B]."""
+    words = augmentation_words(seed, stream, positions.numpy(), 1, KEYS_VIEW)[:, 0]
+    return tuple((words >> np.uint64(1)).tolist())
 
 
 def mix(tensor: Tensor, masks: Tensor, partner: Tensor) -> Tensor:

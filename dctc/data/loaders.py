@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dctc.data.ahead import CopyAhead, LookAhead
-from dctc.data.augment import BoxSpec, Kind, View, box_masks, cutmix_masks, mix, partners
+from dctc.data.augment import BoxSpec, Kind, View, box_masks, cutmix_masks, mix, partners, sample_keys
 from dctc.data.order import BlockOrder, GlobalOrder, Indices, Layout, Order, RankBatchSampler
 from dctc.data.tiles import RawBatch, TileDataset
 from shards.errors import InputError
@@ -46,6 +46,7 @@ class StreamBatch(NamedTuple):
     view_valid: tuple[Tensor, ...] = ()
     boxes: Tensor | None = None
     partner: Tensor | None = None
+    keys: tuple[int, ...] = ()
 
 
 PREFETCH = 2  # batches that each worker holds ready
@@ -148,6 +149,7 @@ class TrainingStream:
         prefetch: batches that each worker holds ready.
         views, view_kind: photometric views of each sample beside the image itself.
         boxes: CutMix boxes for the method to mix with, drawn for each view; None where it needs none.
+        numbered: give each sample a random number.
         damaged: the damaged rows met so far.
     """
 
@@ -168,6 +170,7 @@ class TrainingStream:
     views: int = 0
     view_kind: Literal["strong", "noise"] = "strong"
     boxes: BoxSpec | None = None
+    numbered: bool = False
     damaged: set[int] = field(default_factory=set, compare=False)
 
     def __post_init__(self) -> None:
@@ -243,7 +246,8 @@ class TrainingStream:
             shown = [(mix(image, masks, partner), mix(mask, masks, partner)) for image, mask in shown]
         boxes = None if self.boxes is None else self._boxes(self.boxes, raw, images.shape[-1], device)
         views, view_valid = (tuple(pair[k] for pair in shown) for k in (0, 1))
-        return StreamBatch(images, valid, truth, views, view_valid, boxes, partner)
+        keys = sample_keys(self.seed, self.number, positions) if self.numbered else ()
+        return StreamBatch(images, valid, truth, views, view_valid, boxes, partner, keys)
 
     def _boxes(self, spec: BoxSpec, raw: RawBatch, size: int, device: torch.device) -> Tensor:
         """bool [views or 1,B,size,size]."""

@@ -79,7 +79,7 @@ def _batch(spec: NetworkSpec, count: int, tile: int, needs: Needs, labels: bool)
     boxes = None if needs.boxes is None else torch.zeros(max(1, needs.views), *shape, dtype=torch.bool)
     return Batch(
         images, valid, classes, [images] * needs.views, [valid] * needs.views,
-        boxes, None if boxes is None else torch.arange(count),
+        boxes, None if boxes is None else torch.arange(count), [0] * count,
     )  # fmt: skip
 
 

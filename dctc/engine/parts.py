@@ -6,7 +6,7 @@ One wrapper and one optimizer a part, because an update steps some parts only: a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -77,9 +77,9 @@ class Part:
         self.optimizer.state.clear()
 
     @torch.no_grad()
-    def follow(self, leader: Part, keep: float) -> None:
-        """Move weights and buffers towards those of ``leader``, a part of the same architecture and strategy."""
-        own, others = ([*part.inner.parameters(), *part.inner.buffers()] for part in (self, leader))
+    def follow(self, leaders: Sequence[Part], keep: float) -> None:
+        """Move weights and buffers towards those of ``leaders``, together of the same architecture; one strategy."""
+        own, others = ([*parameters_of(parts), *buffers_of(parts)] for parts in ([self], leaders))
         follow([_local(tensor) for tensor in own], [_local(tensor) for tensor in others], keep)
 
     def full_precision(self) -> AbstractContextManager[None]:
@@ -158,6 +158,16 @@ class ShardedPart(Part):
         """See :class:`Part`."""
         self._sharded.set_requires_gradient_sync(last)
         return nullcontext()
+
+
+def parameters_of(parts: Iterable[Part]) -> list[Tensor]:
+    """The parameters of all parts, in order."""
+    return [parameter for part in parts for parameter in part.inner.parameters()]
+
+
+def buffers_of(parts: Iterable[Part]) -> list[Tensor]:
+    """The buffers of all parts, in order."""
+    return [buffer for part in parts for buffer in part.inner.buffers()]
 
 
 def follow(own: Sequence[Tensor], leaders: Sequence[Tensor], keep: float) -> None:

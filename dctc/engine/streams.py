@@ -39,6 +39,7 @@ def training_stream(
         views=needs.views,
         view_kind=needs.kind,
         boxes=None if needs.boxes is None else BoxSpec(**asdict(needs.boxes)),
+        numbered=needs.keys,
     )
 
 

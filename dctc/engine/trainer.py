@@ -23,7 +23,7 @@ from dctc.engine.profile import Profile
 from dctc.engine.schedule import Schedule
 from dctc.engine.update import Losses, Updater
 from dctc.engine.watch import Watch
-from dctc.methods.base import Batch, Method, Survey, Update
+from dctc.methods.base import Batch, Method, Survey, Total, Update
 
 
 class Tracker(Protocol):
@@ -200,6 +200,8 @@ class Trainer:
                 losses.append(self.updater(wanted))
             elif isinstance(wanted, Survey):
                 answer = self.watch.survey(wanted)
+            elif isinstance(wanted, Total):
+                answer = self.parallel.sum(wanted.own)
             else:
                 self.updater.change(wanted)
 

@@ -121,7 +121,7 @@ class Updater:
     def change(self, step: Follow | Restart) -> None:
         """A step without a loss."""
         if isinstance(step, Follow):
-            self.parts[step.part].follow(self.parts[step.leader], step.keep)
+            self.parts[step.part].follow([self.parts[name] for name in step.leaders], step.keep)
         else:
             for name in step.parts:
                 self.parts[name].restart()

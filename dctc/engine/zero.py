@@ -11,7 +11,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dctc.engine.optimizer import OptimizerSpec, step_at
-from dctc.engine.parts import Part, follow
+from dctc.engine.parts import Part, buffers_of, follow, parameters_of
 from dctc.engine.precision import Precision
 from shards.errors import InputError
 
@@ -131,17 +131,17 @@ class ZeroPart(Part):
                     self._zero.optimizer.state[flat][key] = 0
 
     @torch.no_grad()
-    def follow(self, leader: Part, keep: float) -> None:
+    def follow(self, leaders: Sequence[Part], keep: float) -> None:
         """See :class:`Part`. At stage 3 rank 0's result is dealt out to all; the others compute the same."""
         if self.stage < 3:
-            super().follow(leader, keep)
+            super().follow(leaders, keep)
             return
         import deepspeed
 
-        own, others = (list(part.inner.parameters()) for part in (self, leader))
+        own, others = parameters_of([self]), parameters_of(leaders)
         with deepspeed.zero.GatheredParameters(others), deepspeed.zero.GatheredParameters(own, modifier_rank=0):
             follow(own, others, keep)
-        follow(list(self.inner.buffers()), list(leader.inner.buffers()), keep)
+        follow(buffers_of([self]), buffers_of(leaders), keep)
 
     def is_finite(self) -> bool:
         """See :class:`Part`."""

@@ -20,11 +20,15 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class Boxes:
-    """CutMix boxes: ``count`` in a tile, of equal area, whose areas sum to a share uniform in [smallest, largest]."""
+    """CutMix boxes: ``count`` in a tile, of equal area, whose areas sum to a share uniform in [smallest, largest].
+
+    A tile has them with probability ``chance``, else none.
+    """
 
     count: int = 3
     smallest: float = 0.25
     largest: float = 0.5
+    chance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,13 @@ class Needs:
         views: how many photometric views of each sample, independent of each other and in the geometry of its image.
         kind: of the views: ``strong`` photometry, or ``noise`` alone, of deviation 0.15.
         boxes: CutMix boxes, drawn apart for each view (once where there is none).
+        keys: a random number for each sample, for what a method draws itself.
     """
 
     views: int = 0
     kind: Literal["strong", "noise"] = "strong"
     boxes: Boxes | None = None
+    keys: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Batch:
         boxes: bool [M,B,H,W], M = number of views but at least 1, where a sample shows its partner instead; None when
             the method does not need them. All False where no sample of another tile is at hand.
         partner: int64 [B], the sample of this micro-batch that a sample is mixed with; None without ``boxes``.
+        keys: a number in [0, 2^63) for each sample, the same on any layout; empty when the method does not need them.
     """
 
     images: Tensor
@@ -64,6 +71,7 @@ class Batch:
     view_valid: Sequence[Tensor] = ()
     boxes: Tensor | None = None
     partner: Tensor | None = None
+    keys: Sequence[int] = ()
 
     def mixed(self, tensor: Tensor, view: int = 0) -> Tensor:
         """``tensor`` [B,...,H,W] (images, labels, probabilities) with each sample's partner inside its boxes.
@@ -111,12 +119,18 @@ class Update:
 class Follow:
     """Weights and buffers of a part move towards another's: ``keep * own + (1 - keep) * leader``.
 
-    ``keep = 0`` copies. Integer buffers are always copied. Both parts must be of one architecture.
+    ``keep = 0`` copies. Integer buffers are always copied. Both parts must be of one architecture; several leaders are
+    together one: the parameters and buffers of the first, then those of the next.
     """
 
     part: str
-    leader: str
+    leader: str | tuple[str, ...]
     keep: float = 0.0
+
+    @property
+    def leaders(self) -> tuple[str, ...]:
+        """Their names."""
+        return (self.leader,) if isinstance(self.leader, str) else self.leader
 
 
 @dataclass(frozen=True)
@@ -140,9 +154,21 @@ class Survey:
     of: Callable[[Batch], Tensor]
 
 
-Step = Update | Follow | Restart | Survey
+@dataclass(frozen=True)
+class Total:
+    """Counts of this rank's tiles that a method needs of all ranks': the sum comes back, ``total = yield Total(own)``;
+    None where operations are counted only.
+
+    Attributes:
+        own: int64 or float64, on the device; of the same shape on every rank.
+    """
+
+    own: Tensor
+
+
+Step = Update | Follow | Restart | Survey | Total
 Round = Generator[Step, Any, None]
-"""What :meth:`Method.round` returns; the engine sends the result of a :class:`Survey` back into it."""
+"""What :meth:`Method.round` returns; the engine sends the result of a :class:`Survey` or :class:`Total` back."""
 
 
 @dataclass(frozen=True)
@@ -218,13 +244,22 @@ def cut(outputs: Any, sizes: Sequence[int]) -> list[Any]:
 def updates(steps: Round) -> Iterator[Update]:
     """The steps of a round of a method that makes updates alone, for whoever runs them without a trainer.
 
+    A :class:`Total` is that of one process.
+
     Raises:
         TypeError: there is another step.
     """
-    for step in steps:
-        if not isinstance(step, Update):
+    answer: Tensor | None = None
+    while True:
+        try:
+            step = steps.send(answer)
+        except StopIteration:
+            return
+        answer = step.own if isinstance(step, Total) else None
+        if isinstance(step, Update):
+            yield step
+        elif answer is None:
             raise TypeError(f"{type(step).__name__} is no update: only the trainer makes such steps")
-        yield step
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -38,7 +39,13 @@ def sharpened_log_probabilities(logits: Tensor, temperature: float = 1.0) -> Ten
         return torch.log_softmax(logits.float() / temperature, dim=1)
 
 
-def cross_entropy_sum(outputs: Outputs, target: Tensor, temperature: float = 1.0, kind: str = "multiclass") -> Tensor:
+def cross_entropy_sum(
+    outputs: Outputs,
+    target: Tensor,
+    temperature: float = 1.0,
+    kind: str = "multiclass",
+    weights: Tensor | None = None,
+) -> Tensor:
     """Summed cross-entropy (equation 6) of ``sharpen(softmax(logits), temperature)`` against ``target``.
 
     Args:
@@ -46,18 +53,19 @@ def cross_entropy_sum(outputs: Outputs, target: Tensor, temperature: float = 1.0
         target: class map or soft target (see the module).
         temperature: 1 leaves the prediction as it is; below 1 sharpens it. The gradient flows through.
         kind: ``multiclass`` is ``-log p_y``; ``binary`` is ``-[log p_y + sum_{c != y} log(1 - p_c)]``.
+        weights: float [K], factor of a pixel by its class (by the mean of the classes of a soft target).
 
     Returns:
         float32 scalar: the sum over the pixels that are not ignored.
     """
-    return torch.stack([_cross_entropy_sum(z, target, temperature, kind) for z in each(outputs)]).sum()
+    return torch.stack([_cross_entropy_sum(z, target, temperature, kind, weights) for z in each(outputs)]).sum()
 
 
-def _cross_entropy_sum(logits: Tensor, target: Tensor, temperature: float, kind: str) -> Tensor:
+def _cross_entropy_sum(logits: Tensor, target: Tensor, temperature: float, kind: str, weights: Tensor | None) -> Tensor:
     log_p = sharpened_log_probabilities(logits, temperature)
     with torch.autocast(logits.device.type, enabled=False):
         if target.is_floating_point():
-            expected, valid = target.float(), target.sum(dim=1) > 0
+            expected, valid, classes = target.float(), target.sum(dim=1) > 0, torch.empty(0)
         else:
             valid = target != IGNORE
             classes = torch.where(valid, target, 0)
@@ -76,6 +84,8 @@ def _cross_entropy_sum(logits: Tensor, target: Tensor, temperature: float, kind:
                 pixels = -(expected * log_p + (1 - expected) * log_q).sum(dim=1)
         else:
             raise ValueError(f"unknown loss {kind!r}: choose one of {', '.join(LOSSES)}")
+        if weights is not None:
+            pixels = pixels * (weights[classes] if expected is None else (expected * weights[:, None, None]).sum(dim=1))
         return torch.where(valid, pixels, 0.0).sum()
 
 
@@ -101,10 +111,10 @@ def probability_distance_sum(outputs: Outputs, target: Tensor, valid: Tensor) ->
         return torch.where(valid, apart.square().mean(dim=1), 0.0).sum()
 
 
-def mean_prediction(first: Tensor, second: Tensor) -> Tensor:
-    """Log of the mean of two predictions' probabilities, float32 [B,K,H,W]: logits of their ensemble."""
-    first, second = (sharpened_log_probabilities(logits) for logits in (first, second))
-    return torch.logaddexp(first, second) - math.log(2)
+def mean_prediction(*predictions: Tensor) -> Tensor:
+    """Log of the mean of the predictions' probabilities, float32 [B,K,H,W]: logits of their ensemble."""
+    log_p = [sharpened_log_probabilities(logits) for logits in predictions]
+    return reduce(torch.logaddexp, log_p) - math.log(len(log_p))
 
 
 def log_complement(log_p: Tensor) -> Tensor:

@@ -10,15 +10,27 @@ from torch import Tensor
 
 from dctc.methods.base import Batch, Method, Round, Update
 from dctc.methods.losses import cross_entropy_sum, pixel_count
+from dctc.methods.trust import class_weights
 from dctc.networks import NetworkSpec, build_network
 
 
 @dataclass(frozen=True)
 class Options:
-    """``attention`` puts the teacher's channel attention into the network; ``loss`` as in :mod:`dctc.methods.dctc`."""
+    """Switches.
+
+    Attributes:
+        attention: the teacher's channel attention in the network.
+        loss: as in :mod:`dctc.methods.dctc`.
+        class_balance: power of the class weights (:func:`dctc.methods.trust.class_weights`), 0 is none.
+    """
 
     attention: bool = False
     loss: Literal["multiclass", "binary"] = "multiclass"
+    class_balance: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.class_balance <= 1:
+            raise ValueError(f"class_balance must lie in [0, 1], got {self.class_balance}")
 
 
 class Supervised(Method):
@@ -29,14 +41,18 @@ class Supervised(Method):
     def __init__(self, spec: NetworkSpec, options: Options) -> None:
         super().__init__({"network": build_network(spec, attention=options.attention)})
         self.options = options
+        self.classes = spec.classes
 
     def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Round:
         """One update on the labelled batch."""
         labels = [batch.required_labels() for batch in labelled]
+        weights = None
+        if self.options.class_balance:
+            weights = yield from class_weights(labels, self.classes, self.options.class_balance, self.memory)
 
         def sums(micro: int) -> Tensor:
             logits = self.parts["network"](labelled[micro].images)
-            return cross_entropy_sum(logits, labels[micro], kind=self.options.loss)[None]
+            return cross_entropy_sum(logits, labels[micro], kind=self.options.loss, weights=weights)[None]
 
         yield Update(("supervised",), ("network",), [pixel_count(y)[None] for y in labels], sums)
 

@@ -62,7 +62,7 @@ class Trust:
         """
         if self.kind == "none":
             return [pseudo_label(z, v, self.soft) for z, v in zip(logits, valid, strict=True)]
-        probabilities = [torch.softmax(z.float(), dim=1) for z in logits]
+        probabilities = [torch.softmax(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1) for z in logits]
         if self.kind == "fixed":
             sure = [p.amax(dim=1) >= self.confidence for p in probabilities]
         elif self.kind == "adaptive":

@@ -13,6 +13,10 @@ from tests.tiny import interrupt, launch, launch_arguments, losses, run, write_c
 from tests.weights import assert_same_weights, folder_of
 
 ROUNDS = {"rounds": 12}
+EXTENDED = [
+    "method.views=2", "method.cutmix=true", "method.feature_dropout=0.5", "method.threshold=adaptive",
+    "method.class_balance=0.5", "method.attention=false", "method.teacher_pull=0.1", "method.labels_for_students=true",
+]  # fmt: skip
 
 
 def steps(folder: Path) -> list[int]:
@@ -58,6 +62,8 @@ def test_sigterm_leaves_a_complete_checkpoint_and_exit_code_75(
         pytest.param("mean_teacher", [], marks=pytest.mark.matrix),
         pytest.param("cps", ["method.cutmix=true"], marks=pytest.mark.matrix),
         pytest.param("dctc", ["method.round=epoch", "data.augment=strong"], marks=pytest.mark.matrix),
+        pytest.param("unimatch", ["method.confidence=0.2"], marks=pytest.mark.matrix),
+        pytest.param("dctc", EXTENDED, marks=pytest.mark.matrix),
     ],
 )
 def test_each_method_goes_on_where_it_was(tmp_path: Path, tiny_dataset: Path, method: str, keys: list[str]) -> None:
@@ -72,7 +78,7 @@ def test_each_method_goes_on_where_it_was(tmp_path: Path, tiny_dataset: Path, me
     assert_same_weights(folder, whole)
     memories = [read_progress(path / "checkpoints" / "step-00000012").memory for path in (whole, folder)]
     assert memories[0] == memories[1]
-    assert bool(memories[0]) == (method == "dst_cbc")
+    assert bool(memories[0]) == (method == "dst_cbc" or keys is EXTENDED)
 
 
 def test_thresholds_and_weights_of_self_training_are_the_same_on_two_ranks(tmp_path: Path, tiny_dataset: Path) -> None:

@@ -51,7 +51,7 @@ def run_round(
     ``all_unlabelled``."""
     precision = Precision("fp32", torch.device("cpu"))
     watch = SimpleNamespace(survey=lambda wanted: torch.stack([wanted.of(batch) for batch in all_unlabelled]).sum(0))
-    trainer = SimpleNamespace(method=method, updater=run, precision=precision, watch=watch)
+    trainer = SimpleNamespace(method=method, updater=run, precision=precision, watch=watch, parallel=Parallel())
     return Trainer.round(cast(Trainer, trainer), labelled, unlabelled, step)
 
 

@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dctc.data.augment import BOXES_VIEW, CUTMIX_VIEW, BoxSpec, Kind, View, box_masks, cutmix_masks, mix, partners
+from dctc.data.augment import (
+    BOXES_VIEW,
+    CUTMIX_VIEW,
+    BoxSpec,
+    Kind,
+    View,
+    box_masks,
+    cutmix_masks,
+    mix,
+    partners,
+    sample_keys,
+)
 from dctc.data.geometry import rescale
 from dctc.data.order import augmentation_words
 
@@ -243,6 +254,28 @@ def test_boxes_cover_no_more_than_they_may(count: int, ends: list[float], size: 
     assert masks.all() or not torch.equal(other, masks), (
         "each view has its own"
     )  # a box of the whole tile has one place
+
+
+def test_boxes_by_chance() -> None:
+    """Half of the tiles have theirs, of areas that are spread as if each had."""
+    rows = torch.arange(400)
+    some = box_masks(BoxSpec(1, 0.1, 0.4, chance=0.5), (0, 1, 0), rows, rows, 40, CPU).float().mean((1, 2))
+    assert abs(float((some > 0).float().mean()) - 0.5) < 0.08
+    areas = some[some > 0]
+    assert 0.08 < float(areas.min()) < 0.12
+    assert 0.38 < float(areas.max()) < 0.42
+    assert abs(float(areas.mean()) - 0.25) < 0.02
+    first = augmentation_words(0, 1, rows.numpy(), 1, BOXES_VIEW)[:, 0].astype(np.float64) / 2**64
+    assert np.array_equal(some.numpy() > 0, first < 0.5)
+
+
+def test_keys_are_a_samples_own() -> None:
+    positions = torch.tensor([7, 8, 10**12])
+    keys = sample_keys(3, 1, positions)
+    assert len(set(keys)) == 3
+    assert all(0 <= key < 2**63 for key in keys)
+    assert sample_keys(3, 1, positions[1:]) == keys[1:]
+    assert not set(keys) & set(sample_keys(3, 0, positions)) | set(keys) & set(sample_keys(4, 1, positions))
 
 
 def test_boxes_never_mix_a_tile_with_itself() -> None:

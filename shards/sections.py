@@ -145,7 +145,7 @@ class Splits(Section):
 class LabelledShares(Section):
     """The nested labelled subsets that the manifest records; training may ask for any other share too."""
 
-    shares: list[str] = ["1/8", "1/4", "1/2", "1", *(f"{p}%" for p in range(10, 101, 10))]
+    shares: list[str] = ["1/16", "1/8", "1/4", "1/2", "1", *(f"{p}%" for p in range(10, 101, 10))]
     by: Literal["tile", "scene"] = "tile"  # scene: whole scenes are drawn
     file: str | None = None  # a list of tiles or scenes that come first, as in splits.files
     seed: int = Field(default=0, ge=0)

@@ -1,0 +1,58 @@
+"""A file of pre-trained weights: tensors by name, as safetensors or as torch.save writes them. Nothing in it is run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dctc.bundle import PICKLES
+from shards.errors import InputError
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a file, on the CPU, and the SHA-256 of its bytes.
+
+    What the bytes are decides, not the file's name. A pickle is read with ``weights_only``: whatever asks for more than
+    tensors is refused, and not executed.
+
+    Raises:
+        InputError: there is no such file, or it holds anything but tensors by name.
+    """
+    if not path.is_file():
+        raise InputError(_about(path, "no such file: it is never downloaded; docs/training.md says how to get one"))
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # A safetensors header begins with "{" after 8 bytes of its length, which may look like the start of a pickle.
+        pickled = start.startswith(PICKLES) and start[8:] != b"{"
+        found = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
+    except SafetensorError as error:
+        raise InputError(
+            _about(path, f"neither a safetensors file ({error}) nor one of torch.save: copy it again, or save it anew")
+        ) from None
+    except OSError as error:
+        raise InputError(_about(path, f"cannot be read ({error.strerror or error})")) from None
+    except Exception as error:  # of torch.load: each kind of damage and of forbidden content has its own
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            _about(path, f"not a file of tensors alone ({type(error).__name__}: {reason}): save model.state_dict()")
+        ) from None
+    if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
+        raise InputError(_about(path, f"holds no tensors by name but {_kind(found)}: save model.state_dict()"))
+    return dict(found), digest
+
+
+def _about(path: Path, problem: str) -> str:
+    return f"key network.weights is {str(path)!r}: {problem}"
+
+
+def _kind(found: object) -> str:
+    return f"a mapping of {', '.join(map(str, found))[:80]}" if isinstance(found, Mapping) else type(found).__name__

@@ -56,7 +56,8 @@ def begin_with_weights(config: Config, dataset: Dataset, parallel: Parallel, met
     if path is None:
         return None
     spec = network_spec(config, dataset, parallel)
-    fitted, digest, problem = {}, None, None
+    fitted: dict[str, Tensor] = {}
+    digest = problem = None
     try:
         fitted, digest = _fitted(config, spec)
     except InputError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,18 +35,22 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         # A safetensors header begins with "{" after 8 bytes of its length, which may look like the start of a pickle.
         pickled = start.startswith(PICKLES) and start[8:] != b"{"
-        found = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch.load on kinds of pickles, which are refused or read all the same
+            found = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
     except SafetensorError as error:
         raise InputError(
             _about(path, f"neither a safetensors file ({error}) nor one of torch.save: copy it again, or save it anew")
         ) from None
     except OSError as error:
         raise InputError(_about(path, f"cannot be read ({error.strerror or error})")) from None
-    except Exception as error:  # of torch.load: each kind of damage and of forbidden content has its own
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            _about(path, f"not a file of tensors alone ({type(error).__name__}: {reason}): save model.state_dict()")
-        ) from None
+    except Exception as error:  # of torch.load; its words advise to execute the file after all
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if asked is None:
+            problem = "damaged, or not tensors that torch.save wrote: copy it again, or save model.state_dict() anew"
+        else:
+            problem = f"holds more than tensors ({asked[1]}), and nothing in it is run: save model.state_dict() alone"
+        raise InputError(_about(path, problem)) from error
     if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
         raise InputError(_about(path, f"holds no tensors by name but {_kind(found)}: save model.state_dict()"))
     return dict(found), digest

@@ -47,7 +47,7 @@ def fit(
     for name, source in sources.items():
         if source in weights:
             fitted[name] = _fit_one(source, trunk[name], whole[source], weights[source], backbone)
-    if surplus := [name for name in weights if name not in whole]:
+    if surplus := sorted(set(weights) - set(whole)):
         raise UnfitWeights(f"its tensor {surplus[0]} is none of backbone {backbone!r} ({len(surplus)} such): {advice}")
     return fitted
 
@@ -55,7 +55,7 @@ def fit(
 def _sources(trunk: Iterable[str], whole: Iterable[str], backbone: str) -> dict[str, str]:
     """What each tensor of a trunk is called in the whole network."""
     flat = {name.replace(".", "_"): name for name in whole}
-    found = {}
+    found: dict[str, str] = {}
     for name in trunk:
         known = [flat.get(name.removeprefix(prefix).replace(".", "_")) for prefix in _PREFIXES]
         source = next((source for source in known if source is not None), None)

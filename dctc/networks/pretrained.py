@@ -37,10 +37,10 @@ def fit(
     """
     sources = _sources(trunk, whole, backbone)
     advice = f"only the weights of timm's {backbone!r} itself fit"
-    lacking = [source for source in sources.values() if source not in weights and not source.endswith(_COUNTER)]
-    if lacking:
+    needed = [source for source in sources.values() if not source.endswith(_COUNTER)]
+    if lacking := [source for source in needed if source not in weights]:
         raise UnfitWeights(
-            f"it has no tensor {lacking[0]}, which backbone {backbone!r} needs ({len(lacking)} of {len(trunk)} are "
+            f"it has no tensor {lacking[0]}, which backbone {backbone!r} needs ({len(lacking)} of {len(needed)} are "
             f"missing): {advice}"
         )
     fitted = dict(trunk)

@@ -26,9 +26,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     Raises:
         InputError: there is no such file, or it holds anything but tensors by name.
     """
-    if not path.is_file():
-        raise InputError(_about(path, "no such file: it is never downloaded; docs/training.md says how to get one"))
     try:
+        if not path.is_file():
+            raise InputError(_about(path, "no such file: it is never downloaded; docs/training.md says how to get one"))
         with path.open("rb") as file:
             start = file.read(9)
             file.seek(0)
@@ -38,6 +38,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch.load on kinds of pickles, which are refused or read all the same
             found = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
+    except InputError:
+        raise
     except SafetensorError as error:
         raise InputError(
             _about(path, f"neither a safetensors file ({error}) nor one of torch.save: copy it again, or save it anew")
@@ -51,9 +53,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         else:
             problem = f"holds more than tensors ({asked[1]}), and nothing in it is run: save model.state_dict() alone"
         raise InputError(_about(path, problem)) from error
-    if not isinstance(found, Mapping) or not found or not all(isinstance(t, Tensor) for t in found.values()):
+    if not isinstance(found, Mapping) or not found or not all(map(_named_tensor, found.items())):
         raise InputError(_about(path, f"holds no tensors by name but {_kind(found)}: save model.state_dict()"))
     return dict(found), digest
+
+
+def _named_tensor(item: tuple[object, object]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def _about(path: Path, problem: str) -> str:

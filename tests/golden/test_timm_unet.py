@@ -20,13 +20,7 @@ from dctc.networks import NetworkSpec, UnavailableBackbone, build_decoder, build
 from shards.errors import InputError
 from shards.manifest import ClassInfo
 from tests.golden.rounds import ADAM, batches, by_term, run_round, updater
-from tests.stand_in import timm as stand_in
 from tests.tiny import run, write_config
-
-
-@pytest.fixture
-def timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm", stand_in)
 
 
 def spec(**changes: Any) -> NetworkSpec:

@@ -81,6 +81,12 @@ def test_the_trunk_computes_what_the_whole_network_computes(timm: None) -> None:
         assert torch.equal(encoder.eval()(images)[-1], whole.eval().stages(images))
 
 
+def test_nothing_is_drawn_from_the_global_generator(timm: None) -> None:
+    before = torch.get_rng_state()
+    fit_weights("small", 4, trained())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("save", ["safetensors", "pth", "half", "no classifier", "other classes", "no counters"])
 def test_forms_of_a_file(timm: None, tmp_path: Path, tiny_dataset: Path, save: str) -> None:
     """The name of the file does not matter; half precision becomes float32; a classifier may be any or none."""

@@ -82,8 +82,9 @@ def test_the_trunk_computes_what_the_whole_network_computes(timm: None) -> None:
 
 
 def test_nothing_is_drawn_from_the_global_generator(timm: None) -> None:
+    state = trained()
     before = torch.get_rng_state()
-    fit_weights("small", 4, trained())
+    fit_weights("small", 4, state)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -138,7 +138,7 @@ class Search:
                 f"data.batch_labelled={labelled * self.world}", f"data.batch_unlabelled={unlabelled * self.world}",
                 "parallel.accumulation=1", f"schedule.rounds={ROUNDS}", f"run.output={folder}", "run.experiment=trial",
                 "run.name=trial", "run.log_every=1", "run.checkpoint_every=0", "run.pictures_every=0",
-                "tracking.enabled=false", "evaluation.test=false", *self._all_phases(),
+                "tracking.enabled=false", "evaluation.test=false", "network.weights=null", *self._all_phases(),
             ]  # fmt: skip
             done = subprocess.run(
                 [*self.command, str(self.file), *settings], capture_output=True, text=True, check=False

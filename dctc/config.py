@@ -44,7 +44,14 @@ def _location(value: Any) -> Any:
     return value if is_url(value) else Path(value)
 
 
+def _file(value: Any) -> Any:
+    if isinstance(value, str) and is_url(value):
+        raise ValueError("nothing is downloaded: fetch the file, and name it here")
+    return value
+
+
 Location = Annotated[Path | str, BeforeValidator(_location)]
+File = Annotated[Path, BeforeValidator(_file)]
 Bytes = Annotated[int, BeforeValidator(_bytes)]
 Share = Annotated[Fraction, BeforeValidator(_share), PlainSerializer(str)]
 Count = Annotated[int, Field(ge=1)]
@@ -95,6 +102,7 @@ class NetworkConfig(_Section):
     name: str = "unet"
     width: Count = 64
     backbone: str = ""  # of network timm_unet: the name of a timm network
+    weights: File | None = None  # of the backbone, that its encoders begin with; null is random
     norm: Literal["auto", "batch", "sync", "group"] = "auto"
 
 

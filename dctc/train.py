@@ -48,7 +48,8 @@ def train(config: Config, dataset: Dataset, parallel: Parallel, stop: StopReques
     tracker = start_tracking(
         config, dataset, run.folder, (run.experiment, run.name), parallel.strategy,
         make_trainer.keywords["method"].headline, run_id=run.progress.tracking_id,
-        resumed_step=None if run.source is None else run.progress.rounds, main_process=parallel.is_main,
+        resumed_step=None if run.source is None else run.progress.rounds, weights=run.progress.weights,
+        main_process=parallel.is_main,
     )  # fmt: skip
     status = "FAILED"
     try:

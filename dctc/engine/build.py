@@ -18,7 +18,7 @@ from dctc.engine.checkpoint import Checkpoints, Progress, latest, read_progress
 from dctc.engine.faults import occupy
 from dctc.engine.flops import peak_flops, round_flops
 from dctc.engine.meters import Compute
-from dctc.engine.model import describe, make_method, network_spec
+from dctc.engine.model import begin_with_weights, describe, make_method, network_spec
 from dctc.engine.parallel import Parallel
 from dctc.engine.precision import Precision, UnsupportedPrecision
 from dctc.engine.preempt import StopRequest
@@ -158,6 +158,8 @@ def prepare(config: Config, dataset: Dataset, parallel: Parallel, run: Run, stop
     checkpoints = Checkpoints(run.folder / "checkpoints", config.run.keep, parallel)
     if run.source is not None:
         checkpoints.load_weights(run.source, method.parts)
+    else:
+        run.progress.weights = begin_with_weights(config, dataset, parallel, method)
     _make_ready([precision.lay_out(module) for module in method.parts.values()], config)
     updater = Updater(method.parts, _optimizer_spec(config), parallel, precision, config.parallel.offload)
     method.parts.update(updater.modules)

@@ -50,6 +50,7 @@ class Progress:
         loss_scale: value and age of fp16's loss scale, None in other precisions.
         skipped: updates left out because something was not finite.
         memory: what the method remembers beside its parts (:class:`dctc.methods.base.Method`).
+        weights: SHA-256 of the file of ``network.weights`` that the run began with, None when it began without one.
     """
 
     rounds: int = 0
@@ -61,6 +62,7 @@ class Progress:
     loss_scale: list[float] | None = None
     skipped: int = 0
     memory: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
 
     def must_match(self, dataset: str, settings: Mapping[str, Any], source: Path) -> None:
         """Refuse to go on with other data or settings; raises :class:`InputError` naming the keys."""

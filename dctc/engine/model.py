@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
 from dctc.bundle import Description
 from dctc.config import Config, nearest
 from dctc.engine.checkpoint import Progress
 from dctc.engine.parallel import Parallel
+from dctc.engine.weights import read_weights
 from dctc.methods import Method, build_method
-from dctc.networks import NetworkSpec, UnavailableBackbone, UnknownNetwork, build_network
+from dctc.networks import (
+    NetworkSpec,
+    UnavailableBackbone,
+    UnfitWeights,
+    UnknownNetwork,
+    begin_with,
+    build_network,
+    fit_weights,
+)
 from shards.errors import InputError
 from shards.manifest import Dataset
 
@@ -21,10 +32,65 @@ def check_network(config: Config, dataset: Dataset) -> None:
         build_network(network_spec(config, dataset))
 
 
+def check_weights(config: Config, dataset: Dataset) -> None:
+    """Raises :class:`InputError` where ``network.weights`` is set and cannot be what a fresh run begins with."""
+    if config.network.weights is not None:
+        _fitted(config, network_spec(config, dataset))
+
+
 def make_method(config: Config, dataset: Dataset, parallel: Parallel) -> Method:
     """The run's method with fresh parts; raises :class:`InputError` where its network cannot be built."""
     with _keys_named(config):
         return build_method(config.method.name, network_spec(config, dataset, parallel), config.method.options)
+
+
+def begin_with_weights(config: Config, dataset: Dataset, parallel: Parallel, method: Method) -> str | None:
+    """Put ``network.weights`` into all encoders of a fresh method, whose parts are not wrapped yet; its SHA-256.
+
+    All ranks call it, and each reads the file, from its own machine's disk as the case may be. None without a file.
+
+    Raises:
+        InputError: on all ranks, when the file of one of them does not serve or is not the same as another's.
+    """
+    path = config.network.weights
+    if path is None:
+        return None
+    spec = network_spec(config, dataset, parallel)
+    fitted: dict[str, Tensor] = {}
+    digest = problem = None
+    try:
+        fitted, digest = _fitted(config, spec)
+    except InputError as error:
+        problem = error.message
+    found = parallel.gather((digest, problem))
+    failed = [rank for rank, (_, problem) in enumerate(found) if problem is not None]
+    if failed:
+        who = "" if len(failed) == len(found) else f"rank {failed[0]} on {parallel.hosts[failed[0]]}: "
+        raise InputError(f"{who}{found[failed[0]][1]}")
+    if other := next((rank for rank, (its, _) in enumerate(found) if its != found[0][0]), None):
+        raise InputError(
+            f"key network.weights is {str(path)!r}: rank {other} on {parallel.hosts[other]} has another file of that "
+            f"name than rank 0 on {parallel.hosts[0]} (SHA-256 {found[other][0]} and {found[0][0]}): copy one to all"
+        )
+    begin_with(spec, method.parts.values(), fitted)
+    return digest
+
+
+def _fitted(config: Config, spec: NetworkSpec) -> tuple[dict[str, Tensor], str]:
+    """What all encoders begin with, and the file's SHA-256."""
+    path = config.network.weights
+    assert path is not None
+    if not spec.backbone:
+        raise InputError(
+            f"key network.weights is {str(path)!r}: network {spec.name} has no backbone that could begin with it; take "
+            "network.name=timm_unet and a network.backbone, or network.weights=null"
+        )
+    weights, digest = read_weights(path)
+    try:
+        with _keys_named(config):
+            return fit_weights(spec, weights), digest
+    except UnfitWeights as error:
+        raise InputError(f"key network.weights is {str(path)!r}: {error}") from None
 
 
 @contextmanager

@@ -131,6 +131,7 @@ class Watch:
             "tested": tested,
             "test": None if evaluation is None else evaluation.as_record(),
             "dataset": self.dataset.digest,
+            "weights_sha256": progress.weights,
             "strategy": self.parallel.strategy,
             "world_size": self.parallel.world,
             "device": str(self.parallel.device),

@@ -2,29 +2,35 @@
 
 A network module offers ``Encoder(bands, width, norm, attention)`` and ``Decoder(classes, width, norm)`` with the call
 signatures of :mod:`dctc.networks.unet`; whoever adds a network adds such a file and nothing else. One with
-``BACKBONES = True`` gets the name of a backbone as a further argument.
+``BACKBONES = True`` gets the name of a backbone as a further argument, and offers ``fit_weights`` and
+``Encoder.begin_with`` as :mod:`dctc.networks.timm_unet` does.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
-from torch import nn
+from torch import Tensor, nn
 
 from dctc.networks.encoder_decoder import EncoderDecoder
+from dctc.networks.pretrained import UnfitWeights
 from dctc.networks.timm_unet import UnavailableBackbone
 from dctc.networks.unet import NORMS
 
 __all__ = [
     "NetworkSpec",
     "UnavailableBackbone",
+    "UnfitWeights",
     "UnknownNetwork",
+    "begin_with",
     "build_decoder",
     "build_encoder",
     "build_network",
+    "fit_weights",
     "network_names",
 ]
 
@@ -78,6 +84,26 @@ def build_decoder(spec: NetworkSpec) -> nn.Module:
 def build_network(spec: NetworkSpec, attention: bool = False) -> EncoderDecoder:
     """Encoder and decoder of ``spec`` as one module."""
     return EncoderDecoder(build_encoder(spec, attention), build_decoder(spec))
+
+
+def fit_weights(spec: NetworkSpec, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the whole backbone of ``spec``, which has one, as its encoders take them: for :func:`begin_with`.
+
+    Raises:
+        UnfitWeights: they are those of another network.
+        UnavailableBackbone: it cannot be made.
+    """
+    fitted: dict[str, Tensor] = _known(spec.name).fit_weights(spec.backbone, spec.bands, weights)
+    return fitted
+
+
+def begin_with(spec: NetworkSpec, modules: Iterable[nn.Module], fitted: Mapping[str, Tensor]) -> None:
+    """Put such weights into every encoder of ``spec`` in ``modules``; decoders stay as they are."""
+    kind = _known(spec.name).Encoder
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, kind):
+                part.begin_with(fitted)
 
 
 def _backbone(module: ModuleType, spec: NetworkSpec) -> list[str]:

@@ -2,14 +2,14 @@
 
 timm is an optional extra, and needs torchvision. The trunk keeps the norms that it comes with (``norm: sync`` turns its
 batch norms into synchronised ones; ``norm: group`` is refused where it has any); ``width`` is the decoder's. Weights
-are random.
+are random; those of a file can take their place afterwards (:func:`fit_weights`, :meth:`Encoder.begin_with`).
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dctc.networks.block import Block
 from dctc.networks.channel_attention import ChannelAttention
+from dctc.networks.pretrained import RGB, fit
 from dctc.networks.unet import double_convolution, pad_to_stride
 
 BACKBONES = True  # this network is not whole without one
@@ -30,18 +31,38 @@ class UnavailableBackbone(ValueError):
 
 def make_trunk(backbone: str, bands: int) -> nn.Module:
     """The feature maps of a timm network; raises :class:`UnavailableBackbone`."""
-    try:
-        timm: Any = importlib.import_module("timm")
-    except Exception as error:  # without torchvision it fails in ways of its own
-        raise UnavailableBackbone(
-            f"network timm_unet needs timm and torchvision ({error}): pip install -c constraints.txt -e '.[timm]', "
-            "with the torchvision that was built for your torch"
-        ) from error
+    timm = _library()
     try:
         trunk: nn.Module = timm.create_model(backbone, pretrained=False, features_only=True, in_chans=bands)
     except Exception as error:  # its own, a KeyError or a RuntimeError, as the name goes
         raise UnavailableBackbone(f"backbone {backbone!r}: timm cannot make feature maps of it ({error})") from error
     return trunk
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("timm")
+    except Exception as error:  # without torchvision it fails in ways of its own
+        raise UnavailableBackbone(
+            f"network timm_unet needs timm and torchvision ({error}): pip install -c constraints.txt -e '.[timm]', "
+            "with the torchvision that was built for your torch"
+        ) from error
+
+
+def fit_weights(backbone: str, bands: int, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a whole timm network as a trunk of it for ``bands`` takes them: its state dict.
+
+    Both are made to know their names and shapes, and let go. Nothing is drawn from the global generator, so that what
+    stays random is what it is without a file.
+
+    Raises:
+        UnavailableBackbone: as :func:`make_trunk`.
+        dctc.networks.pretrained.UnfitWeights: they are those of another network.
+    """
+    with torch.random.fork_rng(devices=[]):
+        trunk = make_trunk(backbone, bands).state_dict()
+        whole = _library().create_model(backbone, pretrained=False, in_chans=RGB).state_dict()
+    return fit(trunk, whole, weights, backbone)
 
 
 def shape_of(trunk: nn.Module) -> tuple[list[int], list[int]]:
@@ -99,6 +120,10 @@ class Encoder(nn.Module):
         finest first."""
         maps = self.trunk(pad_to_stride(images, self.stride))
         return [attention(m) for attention, m in zip(self.attention, maps, strict=True)]
+
+    def begin_with(self, fitted: Mapping[str, Tensor]) -> None:
+        """Put the weights of :func:`fit_weights` into the trunk; channel attention stays as it is."""
+        self.trunk[0].load_state_dict(fitted)
 
 
 class Decoder(nn.Module):

@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dctc.config import COMMAND_LINE, Config, NetworkConfig, Share, load_config, nearest, parse_override, read_mapping
 from dctc.engine.build import resolve, run_folder
-from dctc.engine.model import check_network
+from dctc.engine.checkpoint import latest
+from dctc.engine.model import check_network, check_weights
 from shards.errors import InputError
 from shards.manifest import Dataset, parse_share
 
@@ -165,6 +166,7 @@ class _Known:
     def __init__(self) -> None:
         self.datasets: dict[str, Dataset] = {}
         self._networks: set[tuple[NetworkConfig, str]] = set()
+        self._weights: set[tuple[NetworkConfig, str]] = set()
 
     def dataset(self, config: Config) -> Dataset:
         """The dataset of a run."""
@@ -179,6 +181,18 @@ class _Known:
         if key not in self._networks:
             check_network(config, dataset)
             self._networks.add(key)
+
+    def check_weights(self, config: Config, dataset: Dataset, folder: Path) -> None:
+        """Raises :class:`InputError` where a run in ``folder`` cannot begin with its ``network.weights``.
+
+        One that has begun goes on without the file.
+        """
+        begun = config.run.resume not in ("auto", "never") or latest(folder / "checkpoints") is not None
+        key = (config.network, dataset.digest)
+        if begun or (folder / "report.json").exists() or key in self._weights:
+            return
+        check_weights(config, dataset)
+        self._weights.add(key)
 
 
 def _runs(plan: SweepFile, row: Row, path: Path, overrides: Sequence[str], known: _Known) -> Iterator[PlannedRun]:
@@ -201,8 +215,9 @@ def _runs(plan: SweepFile, row: Row, path: Path, overrides: Sequence[str], known
             experiment = config.run.experiment or f"{dataset.manifest.name}-{dataset.manifest.protocol}"
             own.append(f"run.experiment={json.dumps(experiment)}")
             config = resolve(load_config(file, [*overrides, *own], [here]))
-            chosen = (*settings, *overrides, *own)
-            yield PlannedRun(row.row, config, dataset.digest, file, chosen, run_folder(config, dataset))
+            folder = run_folder(config, dataset)
+            known.check_weights(config, dataset, folder)
+            yield PlannedRun(row.row, config, dataset.digest, file, (*settings, *overrides, *own), folder)
 
 
 def _must_leave(overrides: Iterable[str], source: str) -> None:

@@ -22,6 +22,7 @@ NEUTRAL = (
     "data.workers",
     "data.prefetch",
     "data.cache",
+    "network.weights",  # its digest counts
 )
 OWN = ("method.", "network.name", "data.labelled_share")  # what rows and columns are about
 MOST = 3  # rows that a note names for each value

@@ -28,6 +28,7 @@ def start_tracking(
     *,
     run_id: str | None,
     resumed_step: int | None,
+    weights: str | None = None,
     main_process: bool,
 ) -> Tracker:
     """The tracker of this rank; the main one makes the MLflow run, or takes it up again.
@@ -38,7 +39,11 @@ def start_tracking(
         strategy: how the processes came up.
         headline: the net whose score is the method's.
         run_id, resumed_step: of the checkpoint that the run goes on from, None for a fresh start.
+        weights: SHA-256 of the file that the networks began with; the parameter ``weights_sha256``.
     """
+    params = {key: value for key, value in config.flat().items() if not key.startswith("tracking.tags.")}
+    if weights is not None:
+        params["weights_sha256"] = weights
     settings = RunSettings(
         folder=folder,
         experiment=names[0],
@@ -55,7 +60,7 @@ def start_tracking(
             "network": config.network.name,
             "headline": headline,
         },
-        params={key: value for key, value in config.flat().items() if not key.startswith("tracking.tags.")},
+        params=params,
         dataset=describe_dataset(dataset),
         run_id=run_id,
         resumed_step=resumed_step,

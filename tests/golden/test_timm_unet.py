@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,50 +21,6 @@ from shards.errors import InputError
 from shards.manifest import ClassInfo
 from tests.golden.rounds import ADAM, batches, by_term, run_round, updater
 from tests.tiny import run, write_config
-
-
-class Trunk(nn.Module):
-    """What timm makes with ``features_only``: maps at strides 2, 4, 8.
-
-    ``kind``: ``small``; ``normless``, without batch norms; ``fixed``, for images of 24 px alone, as many transformers
-    are; ``last``, with the channels last, as Swin's are.
-    """
-
-    def __init__(self, bands: int, kind: str = "small") -> None:
-        super().__init__()
-        self.kind = kind
-        self.rates = torch.linspace(0, 0.1, 3).tolist()  # ConvNeXt's maker reads values back from a tensor
-        self.layers = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(inputs, outputs, 3, stride=2, padding=1),
-                nn.Identity() if kind == "normless" else nn.BatchNorm2d(outputs),
-                nn.ReLU(),
-            )
-            for inputs, outputs in ((bands, 6), (6, 10), (10, 14))
-        )
-        self.feature_info = SimpleNamespace(channels=lambda: [6, 10, 14], reduction=lambda: [2, 4, 8])
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        if self.kind == "fixed" and images.shape[-2:] != (24, 24):
-            raise AssertionError(f"Input height ({images.shape[-2]}) doesn't match model (24).")
-        maps = [self.layers[0](images)]
-        for layer in list(self.layers)[1:]:
-            maps.append(layer(maps[-1]))
-        return [m.movedim(1, -1) for m in maps] if self.kind == "last" else maps
-
-
-@pytest.fixture
-def timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    def create_model(name: str, *, pretrained: bool, features_only: bool, in_chans: int) -> nn.Module:
-        assert features_only
-        assert not pretrained
-        if name not in ("small", "normless", "fixed", "last"):
-            raise RuntimeError(f"Unknown model ({name})")
-        return Trunk(in_chans, name)
-
-    library: Any = ModuleType("timm")
-    library.create_model = create_model
-    monkeypatch.setitem(sys.modules, "timm", library)
 
 
 def spec(**changes: Any) -> NetworkSpec:

@@ -269,7 +269,8 @@ FREE = {
 DECIDING = {
     "data.labelled_share": "1/4", "data.batch_labelled": 8, "data.batch_unlabelled": 8, "data.augment": "flips",
     "data.cutmix": True, "data.order": "block", "data.mix": 8,
-    "network.name": "other", "network.width": 8, "network.backbone": "resnet18", "network.norm": "group",
+    "network.name": "other", "network.width": 8, "network.backbone": "resnet18", "network.weights": "w.pth",
+    "network.norm": "group",
     "method.name": "supervised",
     "method.sharpen": "none", "optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.betas": [0.5, 0.5],
     "optimizer.eps": 0.1, "optimizer.momentum": 0.5, "optimizer.weight_decay": 0.1, "optimizer.clip": 1.0,

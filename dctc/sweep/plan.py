@@ -85,7 +85,8 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep and its runs, in the order of the rows, then the shares, then the seeds.
+    """A sweep and its runs, in the order of the seeds, then the rows, then the shares: the first seed's table is whole
+    before the next one begins.
 
     ``overrides`` are those of the command line.
     """
@@ -137,6 +138,8 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
                 "rows have names that differ in punctuation alone"
             )
         seen.add(run.folder)
+    seeds = list(dict.fromkeys(run.config.run.seed for run in runs))
+    runs.sort(key=lambda run: seeds.index(run.config.run.seed))
     return Sweep(plan.name, path, tuple(runs), tuple(overrides))
 
 

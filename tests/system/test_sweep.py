@@ -142,6 +142,17 @@ def test_rows_win_over_the_sweep_and_the_command_line_over_both(configs: Path) -
     assert len(load_sweep(sweep).runs) == 4
 
 
+def test_the_first_seeds_table_is_whole_before_the_next_begins(configs: Path) -> None:
+    rows = [
+        {"row": "U-Net", "config": "supervised.yaml", "shares": [1], "seeds": [7, 0]},
+        {"row": "CPS", "config": "cps.yaml"},
+    ]
+    runs = load_sweep(write(configs, rows=rows, seeds=[0, 7])).runs
+    found = [(run.config.run.seed, run.row, str(run.config.data.labelled_share)) for run in runs]
+    one = [("U-Net", "1"), ("CPS", "1/4"), ("CPS", "1/2")]
+    assert found == [(seed, *cell) for seed in (7, 0) for cell in one]
+
+
 def test_settings_of_a_sweep_are_read_as_those_of_a_config(configs: Path) -> None:
     rows = [{"row": "Größe 1", "config": "cps.yaml", "set": {"method": {"weight": "VALUE"}}}]
     sweep = write(configs, set={"tracking.tags": {"mine": "1"}, "run.experiment": "DAY"}, rows=rows)

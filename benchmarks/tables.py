@@ -1,12 +1,15 @@
-"""The paper's tables 1 to 3 at a size that two CPU cores work through in hours: `dctc sweep`, then `dctc compare`.
+"""Tables of runs at a size that two CPU cores work through in hours: `dctc sweep`, then `dctc compare`.
 
     python benchmarks/tables.py synthetic --work DIR [--jobs 2] [--out benchmarks/results]
     python benchmarks/tables.py dubai --data FOLDER --work DIR [--jobs 2] [--out benchmarks/results]
+    python benchmarks/tables.py synthetic --study labels --work DIR
 
-All methods, shares 1/8, 1/4, 1/2 and 1, two seeds; width 8, equal rounds, 4 + 4 tiles of 128 px. FOLDER holds the
-scenes of the Dubai dataset ("Tile 1", "Tile 2", ...); without it that half says that it is skipped. DIR keeps scenes,
-datasets and runs: the same command goes on, and what is finished is not run again. `--compare` writes the tables of
-what is there. The peers are the rows; the limit is the U-Net that has all labels.
+`--study paper` (the default) is the paper's tables 1 to 3: all methods, shares 1/8, 1/4, 1/2 and 1, two seeds; width 8,
+equal rounds, 4 + 4 tiles of 128 px. `--study labels` is the sweeps `extended` and `ablation` (docs/fewer_labels.md):
+width 16, tiles of 64 px, long enough that the U-Net gains from labels. FOLDER holds the scenes of the Dubai dataset
+("Tile 1", "Tile 2", ...); without it that half says that it is skipped. DIR keeps scenes, datasets and runs: the same
+command goes on, and what is finished is not run again. `--compare` writes the tables of what is there, `--sweeps` runs
+some of a study's. The peers are the rows; the limit is the U-Net that has all labels.
 """
 
 from __future__ import annotations
@@ -20,19 +23,55 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DCTC = Path(sys.executable).parent / "dctc"
-SIZE = (
-    "network.width=8", "schedule.rounds=600", "data.batch_labelled=4", "data.batch_unlabelled=4",
-    "run.checkpoint_every=0", "run.pictures_every=600", "evaluation.every=200",
-)  # fmt: skip
-SWEEPS = ("table1", "table3")
 STOPPED = 75
-TABLES = (("table1", 1), ("table1", 2), ("table3", 3))  # of which runs, and in which layout
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is run and shown.
+
+    Attributes:
+        stem: begins the names of the files of results.
+        suffix: ends the folders of its scenes and dataset.
+        scenes: of the synthetic towns: how many, and their side in pixels.
+        settings: of all runs.
+        tables: the sweep of which runs, and in which layout.
+    """
+
+    title: str
+    stem: str
+    suffix: str
+    scenes: tuple[int, int]
+    tile: int
+    settings: tuple[str, ...]
+    tables: tuple[tuple[str, int], ...]
+
+    @property
+    def sweeps(self) -> list[str]:
+        """The sweeps of its tables."""
+        return list(dict.fromkeys(sweep for sweep, _ in self.tables))
+
+
+BATCHES = ("data.batch_labelled=4", "data.batch_unlabelled=4", "run.checkpoint_every=0")
+STUDIES = {
+    "paper": Study(
+        "Tables 1 to 3, reduced", "tables", "", (12, 512), 128,
+        ("network.width=8", "schedule.rounds=600", *BATCHES, "run.pictures_every=600", "evaluation.every=200"),
+        (("table1", 1), ("table1", 2), ("table3", 3)),
+    ),
+    "labels": Study(
+        "Fewer labels", "labels", "-64", (64, 256), 64,
+        ("network.width=16", "schedule.rounds=4000", *BATCHES, "run.pictures_every=0", "evaluation.every=1000"),
+        (("extended", 1), ("extended", 2), ("ablation", 1)),
+    ),
+}  # fmt: skip
 
 
 def main() -> int:
@@ -40,40 +79,56 @@ def main() -> int:
     wanted = arguments()
     work: Path = wanted.work.resolve()
     name: str = wanted.dataset
+    study = STUDIES[wanted.study]
+    sweeps = wanted.sweeps or study.sweeps
+    if strange := set(sweeps) - set(study.sweeps):
+        print(
+            f"study {wanted.study} has no sweep {', '.join(sorted(strange))}: {', '.join(study.sweeps)}",
+            file=sys.stderr,
+        )
+        return 2
     if name == "dubai" and wanted.data is None and not wanted.compare:
         print("dubai: SKIPPED, its scenes are not at hand: give their folder as --data", file=sys.stderr)
         return 0
     code = 0
     if not wanted.compare:
         signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the sweep, which saves its runs and ends with 75
-        make_dataset(name, work, wanted.data)
-        for table in SWEEPS:
-            code = max(code, sweep(name, table, work, wanted.jobs))
+        make_dataset(name, study, work, wanted.data)
+        for table in sweeps:
+            code = max(code, sweep(name, table, study, work, wanted.jobs))
             if code == STOPPED:
                 print("stopped: the same command goes on", file=sys.stderr)
                 return STOPPED
-    if not runs_of(name, work):
-        print(f"{work / 'runs' / experiment(name)}: no finished run of {', '.join(SWEEPS)}", file=sys.stderr)
+    if not runs_of(name, study, work):
+        folder = work / "runs" / experiment(name)
+        print(f"{folder}: no finished run of {', '.join(study.sweeps)}", file=sys.stderr)
         return 1
     wanted.out.mkdir(parents=True, exist_ok=True)
-    lines = head(name, work)
-    for table, layout in TABLES:
-        if runs_of(name, work, table):
-            lines += compared(name, table, layout, work, wanted.out)
+    write(name, study, wanted.study, work, wanted.out)
+    return code
+
+
+def write(name: str, study: Study, called: str, work: Path, out: Path) -> None:
+    """The tables of what has been run, into files and onto the terminal."""
+    lines = head(name, study, called, work)
+    for table, layout in study.tables:
+        if runs_of(name, study, work, table):
+            lines += compared(name, table, layout, study, work, out)
         else:
             lines += [f"`{table}`: no finished run", ""]
     text = "\n".join(lines)
-    draft = wanted.out / f"tables_{name}.md.part"
+    draft = out / f"{study.stem}_{name}.md.part"
     draft.write_text(text)
     draft.replace(draft.with_suffix(""))
     print(text)
-    return code
 
 
 def arguments() -> argparse.Namespace:
     """What was typed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=("synthetic", "dubai"))
+    parser.add_argument("--study", choices=tuple(STUDIES), default="paper", help="which runs and tables")
+    parser.add_argument("--sweeps", nargs="+", help="of the study; default: all of them")
     parser.add_argument("--data", type=Path, help="folder of the Dubai scenes")
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, datasets and runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
@@ -90,20 +145,25 @@ def dctc(*words: object) -> int:
     return subprocess.run(command, cwd=ROOT, env=os.environ | threads, check=False).returncode
 
 
-def make_dataset(name: str, work: Path, data: Path | None) -> None:
+def make_dataset(name: str, study: Study, work: Path, data: Path | None) -> None:
     """Pack the scenes; of what is packed already nothing is done again."""
-    scenes = work / "scenes" if data is None or name == "synthetic" else data
-    if name == "synthetic" and dctc("synth", scenes, "--scenes", 12, "--size", 512):
+    scenes = work / f"scenes{study.suffix}" if data is None or name == "synthetic" else data
+    if name == "synthetic" and dctc("synth", scenes, "--scenes", study.scenes[0], "--size", study.scenes[1]):
         sys.exit(1)
     recipe = f"configs/data/{name}.yaml"
-    if dctc("shard", recipe, work / "datasets" / name, "--root", scenes, "tile.size=128"):
+    if dctc("shard", recipe, dataset_of(name, study, work), "--root", scenes, f"tile.size={study.tile}"):
         sys.exit(1)
 
 
-def sweep(name: str, table: str, work: Path, jobs: int) -> int:
+def dataset_of(name: str, study: Study, work: Path) -> Path:
+    """The folder of its dataset."""
+    return work / "datasets" / f"{name}{study.suffix}"
+
+
+def sweep(name: str, table: str, study: Study, work: Path, jobs: int) -> int:
     """Run a sweep; its exit code."""
-    where = (f"data.dataset={work / 'datasets' / name}", f"run.output={work / 'runs'}")
-    return dctc("sweep", f"configs/{name}/{table}.yaml", *where, *SIZE, "--jobs", jobs)
+    where = (f"data.dataset={dataset_of(name, study, work)}", f"run.output={work / 'runs'}")
+    return dctc("sweep", f"configs/{name}/{table}.yaml", *where, *study.settings, "--jobs", jobs)
 
 
 def experiment(name: str) -> str:
@@ -111,33 +171,35 @@ def experiment(name: str) -> str:
     return f"{name}-scene"
 
 
-def head(name: str, work: Path) -> list[str]:
+def head(name: str, study: Study, called: str, work: Path) -> list[str]:
     """What was run, where, with what, and how long it took."""
-    reports = [json.loads(path.read_text()) for path in sorted(runs_of(name, work))]
+    reports = [json.loads(path.read_text()) for path in sorted(runs_of(name, study, work))]
     seconds = sum(report["train_seconds"] for report in reports)
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "accelerate", "mlflow"))
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), one a run; Python {platform.python_version()}"
+    data = " --data FOLDER" if name == "dubai" else ""
     return [
-        f"# Tables 1 to 3, reduced: {name}",
+        f"# {study.title}: {name}",
         "",
-        f"    python benchmarks/tables.py {name} --work DIR{' --data FOLDER' if name == 'dubai' else ''}",
+        f"    python benchmarks/tables.py {name} --study {called} --work DIR{data}",
         "",
         f"Date {date.today()}; {machine}, {versions}.",
-        f"Configs `configs/{name}/` with `{' '.join(SIZE)}`.",
+        f"Configs `configs/{name}/` with `{' '.join(study.settings)}`.",
         f"{len(reports)} runs, {seconds / 3600:.1f} hours of training in all.",
         "",
     ]
 
 
-def runs_of(name: str, work: Path, *tables: str) -> list[Path]:
+def runs_of(name: str, study: Study, work: Path, *tables: str) -> list[Path]:
     """The reports of finished runs of these sweeps, or of all."""
     folder = work / "runs" / experiment(name)
-    return [path for table in tables or SWEEPS for path in folder.glob(f"{table}-*/report.json")]
+    return [path for table in tables or study.sweeps for path in folder.glob(f"{table}-*/report.json")]
 
 
-def compared(name: str, table: str, layout: int, work: Path, out: Path) -> list[str]:
+def compared(name: str, table: str, layout: int, study: Study, work: Path, out: Path) -> list[str]:
     """The Markdown of `dctc compare`, below its command; the cells as CSV go into a file beside it."""
-    cells = out / f"tables_{name}_{layout}.csv"
+    of = str(layout) if study.stem == "tables" else f"{table}_{layout}"
+    cells = out / f"{study.stem}_{name}_{of}.csv"
     store = f"sqlite:///{work / 'mlflow.db'}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "table.md"

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +70,7 @@ class Watch:
     compiled: bool = False
     _label_shares: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
     _dying: set[tuple[str, str]] = field(default_factory=set)
+    _unlabelled: dict[str, dict[str, Any]] = field(default_factory=dict)  # as the last validation found it, by net
 
     def validate(self, progress: Progress) -> dict[str, float]:
         """Score the validation split; keep ``best.safetensors``. Metrics ``val/``, ``best/val_miou``, ``train/``."""
@@ -115,10 +117,12 @@ class Watch:
         tiles_per_round: int,
         cost: Mapping[str, float],
     ) -> Path:
-        """Write ``report.json``: final metrics, time, memory, tiles/s, versions (main rank).
+        """Write ``report.json``: final metrics, pseudo labels, time, memory, tiles/s, versions (main rank).
 
         ``tested`` says whether a test was asked for; ``evaluation`` is None without one, or without labels for it.
         ``cost`` may have ``perf/peak_memory_gib`` and ``perf/round_gflop``; what is not known is null in the report.
+        ``unlabelled`` is what the last validation of this process found, by net: the quality of its pseudo labels
+        against labels that are held back, and the names of the classes that it hardly predicts.
         """
         record = {
             "rounds": progress.rounds,
@@ -130,6 +134,7 @@ class Watch:
             "headline": self.method.headline,
             "tested": tested,
             "test": None if evaluation is None else evaluation.as_record(),
+            "unlabelled": self._unlabelled or None,
             "dataset": self.dataset.digest,
             "weights_sha256": progress.weights,
             "strategy": self.parallel.strategy,
@@ -217,11 +222,14 @@ class Watch:
         metrics: dict[str, float] = {}
         for name, net in evaluation.nets.items():
             metrics[f"train/entropy/{name}"] = net.entropy
-            metrics |= net.pseudo_metrics(f"train/pseudo/{name}")
+            quality = net.pseudo_metrics(prefix := f"train/pseudo/{name}")
+            metrics |= quality
             for label, share in zip(self.dataset.manifest.class_names, net.predicted, strict=True):
                 metrics[f"train/share/{name}/{label}"] = share
             dying = self._dying_classes(net.predicted)
             metrics[f"train/dying/{name}"] = float(len(dying))
+            found = {key.removeprefix(f"{prefix}/"): value for key, value in quality.items() if math.isfinite(value)}
+            self._unlabelled[name] = {"pseudo_labels": found or None, "dying": sorted(dying)}
             if progress.rounds >= self.warn_from and name != "mean":
                 self._warn_of(name, dying, net.predicted)
         names = self.dataset.manifest.class_names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,14 @@ def test_a_dying_class_is_named_once_and_once_more_when_it_is_back(watched: Watc
 
     watched.look(nets(one), rounds=21)
     assert len(watched.said) == len(dead), "once"
+    watch = watched.trainer.watch
+    report = json.loads(watch.report(watched.trainer.progress, None, False, 4, {}).read_text())["unlabelled"]
+    assert {name: set(net["dying"]) for name, net in report.items()} == {"s1": dead, "mean": dead, "teacher": set()}
+    quality = {
+        key.removeprefix("train/pseudo/s1/"): v for key, v in found.items() if key.startswith("train/pseudo/s1/")
+    }
+    assert report["s1"]["pseudo_labels"] == pytest.approx(quality)
+    assert "miou" in quality
 
     found = watched.look(nets(all_classes), rounds=22)
     assert found["train/dying/s1"] == 0

@@ -135,13 +135,14 @@ class ZeroPart(Part):
         """See :class:`Part`. At stage 3 rank 0's result is dealt out to all; the others compute the same."""
         if self.stage < 3:
             super().follow(leaders, keep)
-            return
-        import deepspeed
+        else:
+            import deepspeed
 
-        own, others = parameters_of([self]), parameters_of(leaders)
-        with deepspeed.zero.GatheredParameters(others), deepspeed.zero.GatheredParameters(own, modifier_rank=0):
-            follow(own, others, keep)
-        follow(buffers_of([self]), buffers_of(leaders), keep)
+            own, others = parameters_of([self]), parameters_of(leaders)
+            with deepspeed.zero.GatheredParameters(others), deepspeed.zero.GatheredParameters(own, modifier_rank=0):
+                follow(own, others, keep)
+            follow(buffers_of([self]), buffers_of(leaders), keep)
+        self._zero.refresh_fp32_params()  # its copy of the weights, from which the next step would start
 
     def is_finite(self) -> bool:
         """See :class:`Part`."""

@@ -69,7 +69,7 @@ class Case:
 CASES = [Case("dctc", *values) for values in itertools.product(OPTIMIZERS, (None, 0.5), (1, 4))]
 CASES += [Case(method, *values) for method in METHODS for values in (("sgd", 0.5, 4), ("adamw", None, 1))]
 # CutMix pairs the tiles of a micro-batch, so each needs two.
-CASES += [Case("unimatch", *values, kind="-sure") for values in (("sgd", 0.5, 2), ("adamw", None, 1))]
+CASES += [Case("unimatch", "sgd", 0.5, 2, kind="-sure"), Case("unimatch", "adamw", None, 1, kind="-sure")]
 CASES += [Case("dctc", "sgd", 0.5, 2, kind=kind) for kind in ("-adaptive", "-entropy")]
 NETWORK_CASES = [Case("supervised", "sgd", 0.5, 1, network=network) for network in NETWORKS]
 NETWORK_CASES += [Case("dctc", "sgd", 0.5, 4, network="u2net_small")]

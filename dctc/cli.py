@@ -181,6 +181,9 @@ def train(
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="SWEEP", help="configs/DATASET/table1.yaml and the like")],
     overrides: Overrides = None,
+    row: Annotated[list[str] | None, typer.Option(help="only this row; may be given several times")] = None,
+    share: Annotated[list[str] | None, typer.Option(help="only this share; several times")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="only this seed; several times")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="runs at once; default: one a GPU, one on CPU")] = None,
     launch: Annotated[
         Path | None, typer.Option(help="start each run with this file of launch/, one after another")
@@ -195,17 +198,17 @@ def sweep(
     import torch
 
     from dctc.machine import launcher
-    from dctc.sweep.plan import load_sweep
+    from dctc.sweep.plan import choose, load_sweep
     from dctc.sweep.run import SweepRunner, is_done
 
-    plan = load_sweep(file, overrides or [])
+    plan = choose(load_sweep(file, overrides or []), row or [], share or [], seed or [])
     if dry_run:
-        for number, run in enumerate(plan.runs, 1):
+        for number, run in enumerate(plan.chosen, 1):
             state = "finished" if is_done(run) else "begun" if run.folder.exists() else ""
-            out.print(f"[{number}/{len(plan.runs)}] {run.title}: {run.folder} {state}".rstrip(), markup=False)
+            out.print(f"[{number}/{len(plan.chosen)}] {run.title}: {run.folder} {state}".rstrip(), markup=False)
         return
-    if not resume and any(run.folder.exists() for run in plan.runs):
-        begun = next(run.folder for run in plan.runs if run.folder.exists())
+    if not resume and any(run.folder.exists() for run in plan.chosen):
+        begun = next(run.folder for run in plan.chosen if run.folder.exists())
         raise InputError(f"{begun}: is there already; choose another name in {file}, or go on with --resume")
     if launch is not None and (jobs or 1) > 1:
         raise InputError("--launch and --jobs exclude each other: a launch file takes all GPUs for one run")

@@ -81,6 +81,8 @@ class Options:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.views <= 2:
             raise ValueError(f"views is the number of strong views, 0, 1 or 2, got {self.views}")
+        if self.labels_in_phase3 and not self.labels_for_students:
+            raise ValueError("labels_in_phase3 goes with labels_for_students=true, which phase 2 has")
         if self.teacher_pull and self.attention != self.student_attention:
             raise ValueError(
                 "teacher_pull moves the teacher towards a student, which must have the same layers: "

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,13 +88,14 @@ class Sweep:
     """A sweep and its runs, in the order of the seeds, then the rows, then the shares: the first seed's table is whole
     before the next one begins.
 
-    ``overrides`` are those of the command line.
+    ``overrides`` are those of the command line. ``chosen`` are the runs that are wanted now, of all ``runs``.
     """
 
     name: str
     file: Path
     runs: tuple[PlannedRun, ...]
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[str, ...]
+    chosen: tuple[PlannedRun, ...]
 
     @property
     def folder(self) -> Path:
@@ -140,7 +141,30 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         seen.add(run.folder)
     seeds = list(dict.fromkeys(run.config.run.seed for run in runs))
     runs.sort(key=lambda run: seeds.index(run.config.run.seed))
-    return Sweep(plan.name, path, tuple(runs), tuple(overrides))
+    return Sweep(plan.name, path, tuple(runs), tuple(overrides), tuple(runs))
+
+
+def choose(sweep: Sweep, rows: Sequence[str] = (), shares: Sequence[str] = (), seeds: Sequence[int] = ()) -> Sweep:
+    """The sweep with the runs of these rows, shares and seeds alone; none of a kind chooses all of it.
+
+    Raises:
+        InputError: naming what the sweep does not have.
+    """
+    chosen = list(sweep.runs)
+    kinds: list[tuple[str, Sequence[Any], Callable[[PlannedRun], Any]]] = [
+        ("--row", rows, lambda run: run.row),
+        ("--share", [parse_share(share) for share in shares], lambda run: run.config.data.labelled_share),
+        ("--seed", seeds, lambda run: run.config.run.seed),
+    ]
+    for option, wanted, of in kinds:
+        known = list(dict.fromkeys(of(run) for run in sweep.runs))
+        for value in wanted:
+            if value not in known:
+                raise InputError(f"{option} {value}: {sweep.file} has {', '.join(map(str, known))}")
+        chosen = [run for run in chosen if not wanted or of(run) in wanted]
+    if not chosen:
+        raise InputError(f"{sweep.file}: no run is of all of --row, --share and --seed")
+    return replace(sweep, chosen=tuple(chosen))
 
 
 def _read(path: Path) -> SweepFile:

@@ -66,7 +66,7 @@ class SweepRunner:
         before = {number: signal.signal(number, self._stop) for number in SIGNALS}
         try:
             self._open_parent()
-            waiting = deque(enumerate(self.sweep.runs, 1))
+            waiting = deque(enumerate(self.sweep.chosen, 1))
             while (waiting and not self._stopping) or self._children:
                 while waiting and not self._stopping and len(self._children) < self.jobs:
                     self._begin(*waiting.popleft())
@@ -160,7 +160,7 @@ class SweepRunner:
         return EXIT_PREEMPTED if self._stopping else 1 if self.failed else 0
 
     def _tell(self, number: int, text: str) -> None:
-        self.show(f"[{number}/{len(self.sweep.runs)}] {text}")
+        self.show(f"[{number}/{len(self.sweep.chosen)}] {text}")
 
     def _stop(self, number: int, _: FrameType | None) -> None:
         """Asks the runs to save and end; the second Ctrl-C ends them."""

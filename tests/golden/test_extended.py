@@ -401,6 +401,7 @@ def test_the_ensemble_is_the_mean_of_the_three() -> None:
         ("dctc", {"views": 3}, "views is the number of strong views"),
         ("dctc", {"teacher_pull": 0.1}, "teacher_pull moves the teacher .* set attention=false"),
         ("dctc", {"teacher_pull": 1.0, "attention": False}, r"teacher_pull must lie in \[0, 1\)"),
+        ("dctc", {"labels_in_phase3": True}, "labels_in_phase3 goes with labels_for_students=true"),
         ("dctc", {"feature_dropout": 1.0}, r"feature_dropout must lie in \[0, 1\)"),
         ("dctc", {"confidence": 95.0}, r"confidence must lie in \[0, 1\]"),
         ("dctc", {"threshold": "some"}, "threshold is 'some': expected one of none, fixed, adaptive, entropy"),

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from dctc.cli import app
 from dctc.config import load_config
 from dctc.engine.build import resolve
-from dctc.sweep.plan import load_sweep
+from dctc.sweep.plan import choose, load_sweep
 from shards.errors import InputError
 from tests.tiny import command_line, run, start, write_config
 
@@ -151,6 +151,25 @@ def test_the_first_seeds_table_is_whole_before_the_next_begins(configs: Path) ->
     found = [(run.config.run.seed, run.row, str(run.config.data.labelled_share)) for run in runs]
     one = [("U-Net", "1"), ("CPS", "1/4"), ("CPS", "1/2")]
     assert found == [(seed, *cell) for seed in (7, 0) for cell in one]
+
+
+def test_a_part_of_a_sweep(configs: Path) -> None:
+    sweep = write(configs, seeds=[0, 1])
+    lines = dry_run(sweep, "--row", "CPS", "--share", "50%", "--share", "1/4", "--seed", "1")
+    assert [line.split(":")[0] for line in lines] == ["[1/2] CPS 1/4 seed 1", "[2/2] CPS 1/2 seed 1"]
+    whole = load_sweep(sweep)
+    part = choose(whole, seeds=[1])
+    assert part.runs == whole.runs, "its parent in MLflow is that of the whole"
+    assert {run.config.run.seed for run in part.chosen} == {1}
+    assert choose(whole).chosen == whole.runs
+    for keys, words in (
+        ({"rows": ["CSP"]}, "--row CSP: .*table.yaml has U-Net, CPS"),
+        ({"shares": ["1/3"]}, "--share 1/3: .*table.yaml has 1, 1/4, 1/2"),
+        ({"seeds": [2]}, "--seed 2: .*table.yaml has 0, 1"),
+        ({"rows": ["U-Net"], "shares": ["1/4"]}, "no run is of all of --row, --share and --seed"),
+    ):
+        with pytest.raises(InputError, match=words):
+            choose(whole, **keys)
 
 
 def test_settings_of_a_sweep_are_read_as_those_of_a_config(configs: Path) -> None:

@@ -3,13 +3,16 @@
     python benchmarks/tables.py synthetic --work DIR [--jobs 2] [--out benchmarks/results]
     python benchmarks/tables.py dubai --data FOLDER --work DIR [--jobs 2] [--out benchmarks/results]
     python benchmarks/tables.py synthetic --study labels --work DIR
+    python benchmarks/tables.py dubai --study labels --test 5 --data FOLDER --work DIR
 
 `--study paper` (the default) is the paper's tables 1 to 3: all methods, shares 1/8, 1/4, 1/2 and 1, two seeds; width 8,
 equal rounds, 4 + 4 tiles of 128 px. `--study labels` is the sweeps `extended` and `ablation` (docs/fewer_labels.md):
 width 16, tiles of 64 px, long enough that the U-Net gains from labels. FOLDER holds the scenes of the Dubai dataset
 ("Tile 1", "Tile 2", ...); without it that half says that it is skipped. DIR keeps scenes, datasets and runs: the same
 command goes on, and what is finished is not run again. `--compare` writes the tables of what is there, `--sweeps` runs
-some of a study's. The peers are the rows; the limit is the U-Net that has all labels.
+some of a study's, further words (`--seed 0 --share 1/8 --row U-Net`) a part of each sweep, as for `dctc sweep`.
+`--test` rotates Dubai's test tile; the other tiles train, each but for its part 009, which validates. The peers are the
+rows; the limit is the U-Net that has all labels.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DCTC = Path(sys.executable).parent / "dctc"
 STOPPED = 75
+DUBAI, USUAL_TEST = (1, 2, 5, 6, 8), 8  # tiles at hand, and the recipe's test
+DUBAI_TILE = 128  # pixels
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,52 @@ STUDIES = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the runs of a study on a dataset are; ``test``: Dubai's test tile, None for another dataset."""
+
+    name: str
+    test: int | None
+    study: Study
+    work: Path
+
+    @property
+    def called(self) -> str:
+        """The dataset, with its test tile where that is not the recipe's."""
+        return self.name if self.test in (None, USUAL_TEST) else f"{self.name}-{self.test}"
+
+    @property
+    def experiment(self) -> str:
+        """As runs on it are filed."""
+        return f"{self.called}-scene"
+
+    @property
+    def dataset(self) -> Path:
+        """Its folder."""
+        return self.work / "datasets" / f"{self.called}{self.study.suffix}"
+
+    @property
+    def folder(self) -> Path:
+        """Of its runs."""
+        return self.work / "runs" / self.experiment
+
+    @property
+    def split(self) -> list[str]:
+        """Settings of its recipe, where the test tile is not the recipe's."""
+        if self.called == self.name:
+            return []
+        others = "".join(str(tile) for tile in DUBAI if tile != self.test)
+        parts = {"test": f"t{self.test}_*", "val": f"t[{others}]_p009", "train": f"t[{others}]_*"}
+        return [f'splits.scene.{kind}=["{pattern}"]' for kind, pattern in parts.items()]
+
+    def runs(self, *tables: str) -> list[Path]:
+        """The reports of finished runs of these sweeps, or of all."""
+        return [path for table in tables or self.study.sweeps for path in self.folder.glob(f"{table}-*/report.json")]
+
+
 def main() -> int:
     """Make the runs and the tables of one dataset."""
-    wanted = arguments()
+    wanted, further = arguments()
     work: Path = wanted.work.resolve()
     name: str = wanted.dataset
     study = STUDIES[wanted.study]
@@ -87,54 +135,55 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    if wanted.compare and further:
+        print(f"{shlex.join(further)}: with --compare there is no sweep to take this", file=sys.stderr)
+        return 2
     if name == "dubai" and wanted.data is None and not wanted.compare:
         print("dubai: SKIPPED, its scenes are not at hand: give their folder as --data", file=sys.stderr)
         return 0
     code = 0
+    place = Place(name, wanted.test if name == "dubai" else None, study, work)
     if not wanted.compare:
         signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the sweep, which saves its runs and ends with 75
-        make_dataset(name, study, work, wanted.data)
+        make_dataset(place, wanted.data)
         for table in sweeps:
-            code = max(code, sweep(name, table, study, work, wanted.jobs))
+            code = max(code, sweep(place, table, wanted.jobs, further))
             if code == STOPPED:
                 print("stopped: the same command goes on", file=sys.stderr)
                 return STOPPED
-    if not runs_of(name, study, work):
-        folder = work / "runs" / experiment(name)
-        print(f"{folder}: no finished run of {', '.join(study.sweeps)}", file=sys.stderr)
+    if not place.runs():
+        print(f"{place.folder}: no finished run of {', '.join(study.sweeps)}", file=sys.stderr)
         return 1
     wanted.out.mkdir(parents=True, exist_ok=True)
-    write(name, study, wanted.study, work, wanted.out)
+    write(place, wanted.study, wanted.out)
     return code
 
 
-def write(name: str, study: Study, called: str, work: Path, out: Path) -> None:
+def write(place: Place, called: str, out: Path) -> None:
     """The tables of what has been run, into files and onto the terminal."""
-    lines = head(name, study, called, work)
-    for table, layout in study.tables:
-        if runs_of(name, study, work, table):
-            lines += compared(name, table, layout, study, work, out)
-        else:
-            lines += [f"`{table}`: no finished run", ""]
+    lines = head(place, called)
+    for table, layout in place.study.tables:
+        lines += compared(place, table, layout, out) if place.runs(table) else [f"`{table}`: no finished run", ""]
     text = "\n".join(lines)
-    draft = out / f"{study.stem}_{name}.md.part"
+    draft = out / f"{place.study.stem}_{place.called}.md.part"
     draft.write_text(text)
     draft.replace(draft.with_suffix(""))
     print(text)
 
 
-def arguments() -> argparse.Namespace:
-    """What was typed."""
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    """What was typed, and what is for `dctc sweep`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=("synthetic", "dubai"))
     parser.add_argument("--study", choices=tuple(STUDIES), default="paper", help="which runs and tables")
     parser.add_argument("--sweeps", nargs="+", help="of the study; default: all of them")
     parser.add_argument("--data", type=Path, help="folder of the Dubai scenes")
+    parser.add_argument("--test", type=int, choices=DUBAI, default=USUAL_TEST, help="Dubai's test tile")
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, datasets and runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--compare", action="store_true", help="train nothing")
-    return parser.parse_args()
+    return parser.parse_known_args()
 
 
 def dctc(*words: object) -> int:
@@ -145,41 +194,34 @@ def dctc(*words: object) -> int:
     return subprocess.run(command, cwd=ROOT, env=os.environ | threads, check=False).returncode
 
 
-def make_dataset(name: str, study: Study, work: Path, data: Path | None) -> None:
+def make_dataset(place: Place, data: Path | None) -> None:
     """Pack the scenes; of what is packed already nothing is done again."""
-    scenes = work / f"scenes{study.suffix}" if data is None or name == "synthetic" else data
-    if name == "synthetic" and dctc("synth", scenes, "--scenes", study.scenes[0], "--size", study.scenes[1]):
+    study, synthetic = place.study, place.name == "synthetic"
+    scenes = place.work / f"scenes{study.suffix}" if data is None or synthetic else data
+    if synthetic and dctc("synth", scenes, "--scenes", study.scenes[0], "--size", study.scenes[1]):
         sys.exit(1)
-    recipe = f"configs/data/{name}.yaml"
-    if dctc("shard", recipe, dataset_of(name, study, work), "--root", scenes, f"tile.size={study.tile}"):
+    settings = [f"tile.size={study.tile if synthetic else DUBAI_TILE}", *place.split]
+    if dctc("shard", f"configs/data/{place.name}.yaml", place.dataset, "--root", scenes, *settings):
         sys.exit(1)
 
 
-def dataset_of(name: str, study: Study, work: Path) -> Path:
-    """The folder of its dataset."""
-    return work / "datasets" / f"{name}{study.suffix}"
-
-
-def sweep(name: str, table: str, study: Study, work: Path, jobs: int) -> int:
+def sweep(place: Place, table: str, jobs: int, further: list[str]) -> int:
     """Run a sweep; its exit code."""
-    where = (f"data.dataset={dataset_of(name, study, work)}", f"run.output={work / 'runs'}")
-    return dctc("sweep", f"configs/{name}/{table}.yaml", *where, *study.settings, "--jobs", jobs)
+    where = (f"data.dataset={place.dataset}", f"run.output={place.work / 'runs'}", f"run.experiment={place.experiment}")
+    return dctc("sweep", f"configs/{place.name}/{table}.yaml", *where, *place.study.settings, "--jobs", jobs, *further)
 
 
-def experiment(name: str) -> str:
-    """As runs on this dataset are filed."""
-    return f"{name}-scene"
-
-
-def head(name: str, study: Study, called: str, work: Path) -> list[str]:
+def head(place: Place, called: str) -> list[str]:
     """What was run, where, with what, and how long it took."""
-    reports = [json.loads(path.read_text()) for path in sorted(runs_of(name, study, work))]
+    name, study = place.name, place.study
+    reports = [json.loads(path.read_text()) for path in sorted(place.runs())]
     seconds = sum(report["train_seconds"] for report in reports)
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "accelerate", "mlflow"))
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), one a run; Python {platform.python_version()}"
-    data = " --data FOLDER" if name == "dubai" else ""
+    turned = f" --test {place.test}" if place.split else ""
+    data = f"{turned} --data FOLDER" if name == "dubai" else ""
     return [
-        f"# {study.title}: {name}",
+        f"# {study.title}: {place.called}",
         "",
         f"    python benchmarks/tables.py {name} --study {called} --work DIR{data}",
         "",
@@ -190,20 +232,14 @@ def head(name: str, study: Study, called: str, work: Path) -> list[str]:
     ]
 
 
-def runs_of(name: str, study: Study, work: Path, *tables: str) -> list[Path]:
-    """The reports of finished runs of these sweeps, or of all."""
-    folder = work / "runs" / experiment(name)
-    return [path for table in tables or study.sweeps for path in folder.glob(f"{table}-*/report.json")]
-
-
-def compared(name: str, table: str, layout: int, study: Study, work: Path, out: Path) -> list[str]:
+def compared(place: Place, table: str, layout: int, out: Path) -> list[str]:
     """The Markdown of `dctc compare`, below its command; the cells as CSV go into a file beside it."""
-    of = str(layout) if study.stem == "tables" else f"{table}_{layout}"
-    cells = out / f"{study.stem}_{name}_{of}.csv"
-    store = f"sqlite:///{work / 'mlflow.db'}"
+    of = str(layout) if place.study.stem == "tables" else f"{table}_{layout}"
+    cells = out / f"{place.study.stem}_{place.called}_{of}.csv"
+    store = f"sqlite:///{place.work / 'mlflow.db'}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "table.md"
-        words = ("compare", experiment(name), "--sweep", table, "--table", layout)
+        words = ("compare", place.experiment, "--sweep", table, "--table", layout)
         if dctc(*words, "--uri", store, "--csv", cells, "--markdown", file):
             sys.exit(1)
         return [f"    {shlex.join(['dctc', *map(str, words)])}", "", file.read_text()]

@@ -30,6 +30,15 @@ def test_without_runs_or_scenes_it_says_so_and_writes_nothing(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_mistyped_option_is_no_silent_one(tmp_path: Path) -> None:
+    done = tables("synthetic", "--work", tmp_path, "--compare", "--seeds", 3)
+    assert done.returncode == 2
+    assert "--seeds 3: with --compare there is no sweep to take this" in done.stderr
+    done = tables("synthetic", "--work", tmp_path, "--sweeps", "table9")
+    assert done.returncode == 2
+    assert "study paper has no sweep table9: table1, table3" in done.stderr
+
+
 @pytest.mark.matrix
 @pytest.mark.slow
 def test_tables_of_what_has_been_run(tmp_path: Path, tiny_dataset: Path) -> None:

@@ -7,11 +7,11 @@ labels that are doubted altogether move little.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -141,10 +141,9 @@ def weights_of(pixels: Sequence[int], power: float) -> list[float]:
     """See :func:`class_weights`; 1 for all where no pixel has been seen."""
     if not (total := sum(pixels)):
         return [1.0] * len(pixels)
-    shares = np.array(pixels) / total
-    raw = np.where(shares > 0, np.maximum(shares, 1e-12) ** -power, np.inf)
-    mean = float((shares[shares > 0] * raw[shares > 0]).sum())
-    return [float(weight) for weight in np.minimum(raw / mean, HEAVIEST)]
+    shares = [count / total for count in pixels]
+    mean = sum(share ** (1 - power) for share in shares if share)
+    return [min(share**-power / mean, HEAVIEST) if share else HEAVIEST for share in shares]
 
 
 def drop_channels(features: Sequence[Tensor], keys: Sequence[int], share: float) -> list[Tensor]:
@@ -156,8 +155,8 @@ def drop_channels(features: Sequence[Tensor], keys: Sequence[int], share: float)
         share: probability that a channel goes, in [0, 1).
     """
     widths = [f.shape[1] for f in features]
-    drawn = [np.random.Generator(np.random.Philox(key)).random(sum(widths)) >= share for key in keys]
-    kept = torch.tensor(np.stack(drawn) / (1 - share))
+    draws = [random.Random(key) for key in keys]
+    kept = torch.tensor([[(draw.random() >= share) / (1 - share) for _ in range(sum(widths))] for draw in draws])
     masks = torch.split(kept, widths, dim=1)
     return [
         f * mask.to(f.device, f.dtype, non_blocking=True)[:, :, None, None]

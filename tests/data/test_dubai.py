@@ -47,7 +47,7 @@ def test_every_scene_is_where_it_belongs(dubai: Packed) -> None:
     assert dubai.report.unmatched == []
     labelled = dubai.manifest.labelled
     enough = [share for share, tiles in labelled.shares.items() if tiles >= len(dubai.manifest.classes)]
-    assert len(enough) >= len(labelled.shares) - 1, "all but 1/16"
+    assert {"20%", "1/4"} <= set(enough)
     assert all(labelled.missing[share] == [] for share in enough)
 
 

@@ -84,7 +84,7 @@ def forward_alone(job: Job) -> Callable[[], None]:
 
     def run() -> None:
         # dctc's own batches, which end with a row: a CPU is faster with fewer windows at once
-        for row in held.split(len(grid.lefts)):  # type: ignore[no-untyped-call]
+        for row in held.split(len(grid.lefts)):  # type: ignore[no-untyped-call]  # torch has no types for it
             for some in row.split(job.setting.batch):
                 job.logits(some)
         job.wait()

@@ -25,7 +25,7 @@ def predict(
     model: Model,
     scenes: Annotated[list[Path], typer.Argument(metavar="SCENE...", help="rasters, or folders of them")],
     folder: Annotated[Path, typer.Option("--out", help="folder for the maps", parser=own_folder)],
-    net: Annotated[str | None, typer.Option(help="s1, s2, mean or teacher; default: the headline")] = None,
+    net: Annotated[str | None, typer.Option(help="s1, s2, mean, teacher, ...; default: the headline")] = None,
     overlap: Annotated[float, typer.Option(help="share of a window's side that neighbours share, 0 to 0.9")] = 0.25,
     batch: Annotated[int | None, typer.Option(min=1, help="windows at once; default: found for the device")] = None,
     bands: Annotated[str | None, typer.Option(help="which bands of the scene are the model's, as 3,2,1")] = None,

@@ -29,7 +29,7 @@ SYMMETRIES = 8  # of a square: four quarter turns, each also mirrored
 SMALLEST, LARGEST = 0.5, 2.0  # scales of the weak view
 CUTMIX_VIEW = 255  # keeps the boxes apart from the views
 BOXES_VIEW = 128  # and those of view i, at 128 + i
-KEYS_VIEW = 127
+KEYS_VIEW = 127  # and the samples' keys from all of them
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def export(
         Literal["onnx", "torch", "mlflow"],
         typer.Option("--format", help="onnx, torch (torch.export) or mlflow (pyfunc)"),
     ],
-    net: Annotated[str | None, typer.Option(help="s1, s2, mean or teacher; default: the headline")] = None,
+    net: Annotated[str | None, typer.Option(help="s1, s2, mean, teacher, ...; default: the headline")] = None,
     to: Annotated[
         Path | None, typer.Option("--out", help="file, folder for mlflow; default: beside the model, or here for a URI")
     ] = None,

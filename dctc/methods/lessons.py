@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -45,8 +46,6 @@ class Look:
         boxes: which boxes they are mixed in; None does not mix.
         weight: factor of its losses.
         dropped: whether channels of the features are dropped.
-        images: as the students see them, of each micro-batch.
-        counts: pixels with data in them.
     """
 
     name: str
@@ -55,15 +54,16 @@ class Look:
     boxes: int | None = None
     weight: float = 1.0
     dropped: bool = False
-    images: list[Tensor] = field(init=False)
-    counts: list[Tensor] = field(init=False)
 
-    def __post_init__(self) -> None:
-        shown = [b.images if self.view is None else b.views[self.view] for b in self.batches]
-        images = [self._mixed(b, image) for b, image in zip(self.batches, shown, strict=True)]
-        object.__setattr__(self, "images", images)
-        counts = [self._mixed(b, self._seen(b)).sum().float() for b in self.batches]
-        object.__setattr__(self, "counts", counts)
+    @cached_property
+    def images(self) -> list[Tensor]:
+        """The tiles as the students see them, of each micro-batch: one list, by which lessons know each other."""
+        return [self._mixed(b, b.images if self.view is None else b.views[self.view]) for b in self.batches]
+
+    @cached_property
+    def counts(self) -> list[Tensor]:
+        """Pixels with data in them, float32 scalars."""
+        return [self._mixed(b, self._seen(b)).sum().float() for b in self.batches]
 
     @property
     def keys(self) -> list[Sequence[int]]:

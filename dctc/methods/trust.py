@@ -85,7 +85,7 @@ class Trust:
         running = means_of.get(who, [1 / classes] * (classes + 1))
         if total is not None:
             *numbers, count = total.tolist()
-            if count:
+            if count and all(map(math.isfinite, numbers)):  # fp16 may overflow for a round, whose update is skipped
                 running = [
                     MOMENTUM * old + (1 - MOMENTUM) * new / count for old, new in zip(running, numbers, strict=True)
                 ]

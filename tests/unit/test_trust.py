@@ -102,6 +102,14 @@ def test_no_pixel_with_data_leaves_the_means() -> None:
     assert memory["means"]["s1"] == [0.25] * 5
 
 
+def test_a_round_that_overflowed_leaves_the_means() -> None:
+    logits, valid = drawn(3)
+    logits[0, 0, 0, 0], valid[0, 0, 0] = torch.nan, True
+    memory = {"means": {"s1": [0.25] * 5}}
+    answered(Trust("adaptive").labels("s1", [logits], [valid], memory, 0.0))
+    assert memory["means"]["s1"] == [0.25] * 5
+
+
 @settings(max_examples=50, deadline=None)
 @given(pixels=st.lists(st.integers(0, 10**9), min_size=2, max_size=15), power=st.floats(0.05, 1))
 def test_class_weights(pixels: list[int], power: float) -> None:

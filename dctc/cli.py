@@ -69,15 +69,15 @@ def shard(
     from shards.pack import PREVIEW, pack
     from shards.progress import shown
     from shards.recipe import load_recipe
+    from shards.stopping import stoppable
     from shards.summary import contact_sheet, summarize
-    from shards.tasks import terminable
 
     if workers is not None and dask is not None:
         raise InputError("--workers and --dask exclude each other: a cluster has as many workers as were started")
     plan = load_recipe(recipe, overrides or [])
     told = Console(stderr=True)  # a bar there, or plain lines among what is printed, where that is no JSON
     try:
-        with terminable(), shown(told if as_json or told.is_terminal else out) as progress:
+        with stoppable(), shown(told if as_json or told.is_terminal else out) as progress:
             dataset = pack(
                 plan, root, folder, workers=workers or os.cpu_count() or 1, dask=dask, resume=resume, verify=verify,
                 progress=progress,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +13,7 @@ import typer
 from dctc.arguments import AsJson, Device, Model, band_numbers, device_of, loaded_model, own_folder
 from dctc.terminal import map_progress, out
 from shards.errors import InputError
+from shards.stopping import stoppable
 
 if TYPE_CHECKING:
     from dctc.mapping.scenes import Predicted
@@ -78,7 +76,7 @@ def predict(
     together = ranks.world > 1 and (len(found) < ranks.world if split is None else split)
     try:
         with (
-            _stoppable(),
+            stoppable(),
             Team(ranks) if together else nullcontext() as team,
             loaded_model(model, own) as (bundle, file),
             map_progress(len(found), ranks.rank == 0) as progress,
@@ -95,30 +93,6 @@ def predict(
         raise typer.Exit(75) from None
     if as_json:
         print(json.dumps(records, indent=1))
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Ctrl-C or SIGTERM, the first of them, is a KeyboardInterrupt; further ones don't disturb what it tidies up.
-
-    A launcher passes a Ctrl-C on that its processes have had already.
-    """
-    kinds = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(_: int, __: FrameType | None) -> None:
-        for kind in kinds:
-            signal.signal(kind, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {kind: signal.getsignal(kind) for kind in kinds}
-    for kind in kinds:
-        if before[kind] is not signal.SIG_IGN:
-            signal.signal(kind, stop)
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 def _record(maps: Predicted) -> dict[str, Any]:

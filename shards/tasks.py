@@ -97,20 +97,6 @@ def local_engine(workers: int) -> Iterator[Engine]:
             raise
 
 
-@contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM stops what runs inside as Ctrl-C does: by a KeyboardInterrupt. For the main thread."""
-
-    def stop(_: int, __: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _call(function: Callable[[Item], Result], item: Item) -> Result:
     try:
         return function(item)

@@ -11,8 +11,10 @@ width 16, tiles of 64 px, long enough that the U-Net gains from labels. FOLDER h
 ("Tile 1", "Tile 2", ...); without it that half says that it is skipped. DIR keeps scenes, datasets and runs: the same
 command goes on, and what is finished is not run again. `--compare` writes the tables of what is there, `--sweeps` runs
 some of a study's, further words (`--seed 0 --share 1/8 --row U-Net`) a part of each sweep, as for `dctc sweep`.
-`--test` rotates Dubai's test tile; the other tiles train, each but for its part 009, which validates. The peers are the
-rows; the limit is the U-Net that has all labels.
+`--test` rotates Dubai's test tile; the other tiles train, each but for its part 009, which validates. `--keep
+FILE.tar.xz` writes the finished runs' reports and curves (not their weights) into an archive, and takes up that archive
+where DIR is new: a study may take several days and machines. The peers are the rows; the limit is the U-Net that has
+all labels.
 """
 
 from __future__ import annotations
@@ -30,6 +32,10 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.kept import keep, restore
 
 ROOT = Path(__file__).resolve().parent.parent
 DCTC = Path(sys.executable).parent / "dctc"
@@ -143,11 +149,15 @@ def main() -> int:
         return 0
     code = 0
     place = Place(name, wanted.test if name == "dubai" else None, study, work)
+    if wanted.keep and restore(wanted.keep, work):
+        print(f"{work}: goes on with the runs of {wanted.keep}")
     if not wanted.compare:
         signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the sweep, which saves its runs and ends with 75
         make_dataset(place, wanted.data)
         for table in sweeps:
             code = max(code, sweep(place, table, wanted.jobs, further))
+            if wanted.keep and place.runs():
+                keep(work, wanted.keep)
             if code == STOPPED:
                 print("stopped: the same command goes on", file=sys.stderr)
                 return STOPPED
@@ -182,6 +192,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, datasets and runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--keep", type=Path, help="archive of finished runs: taken up, and written")
     parser.add_argument("--compare", action="store_true", help="train nothing")
     return parser.parse_known_args()
 

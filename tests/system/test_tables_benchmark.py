@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
+from benchmarks.kept import keep, restore
 from tests.tiny import ROOT, run
 
 SMALL = ["network.width=4", "schedule.rounds=1", "data.batch_labelled=2", "data.batch_unlabelled=2"]
@@ -39,6 +42,27 @@ def test_a_mistyped_option_is_no_silent_one(tmp_path: Path) -> None:
     assert "study paper has no sweep table9: table1, table3" in done.stderr
 
 
+def test_what_is_kept_of_runs(tmp_path: Path) -> None:
+    work, archive = tmp_path / "work", tmp_path / "runs.tar.xz"
+    for name, file in (("done", "report.json"), ("done", "model.safetensors"), ("begun", "config.yaml")):
+        (work / "runs" / "towns" / name).mkdir(parents=True, exist_ok=True)
+        (work / "runs" / "towns" / name / file).write_text(file)
+    with sqlite3.connect(work / "mlflow.db") as store:
+        store.execute("CREATE TABLE metrics (key TEXT, step INTEGER)")
+        store.executemany("INSERT INTO metrics VALUES ('loss', ?)", [(step,) for step in range(0, 301, 10)])
+    assert keep(work, archive) == 1
+    with tarfile.open(archive) as tar:
+        assert sorted(tar.getnames()) == ["mlflow.db", "runs/towns/done/report.json"], "neither weights nor half a run"
+    assert restore(archive, tmp_path / "new")
+    with sqlite3.connect(tmp_path / "new" / "mlflow.db") as store:
+        assert [step for (step,) in store.execute("SELECT step FROM metrics")] == [0, 100, 200, 300]
+    with sqlite3.connect(work / "mlflow.db") as store:
+        assert store.execute("SELECT count(*) FROM metrics").fetchone() == (31,), "the runs' own stays whole"
+    assert not restore(archive, work), "runs are there"
+    assert not restore(tmp_path / "none.tar.xz", tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
 @pytest.mark.matrix
 @pytest.mark.slow
 def test_tables_of_what_has_been_run(tmp_path: Path, tiny_dataset: Path) -> None:
@@ -48,7 +72,10 @@ def test_tables_of_what_has_been_run(tmp_path: Path, tiny_dataset: Path) -> None
         % (ROOT / "configs" / "synthetic" / "unet.yaml")
     )
     run("dctc", "sweep", sweep, f"data.dataset={tiny_dataset}", f"run.output={tmp_path / 'runs'}", *SMALL)
-    done = tables("synthetic", "--work", tmp_path, "--compare", "--out", tmp_path / "out")
+    archive = tmp_path / "runs.tar.xz"
+    assert keep(tmp_path, archive) == 1
+    elsewhere = tmp_path / "elsewhere"
+    done = tables("synthetic", "--work", elsewhere, "--keep", archive, "--compare", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "tables_synthetic.md").read_text()
     assert "1 runs, " in text

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,10 @@ class ParentRun:
         settings = RunSettings(folder, *names, uri, {"sweep": names[1], "kind": "sweep"}, params, started=time.time())
         self.run_id: str | None = None
         self._uri = uri
-        self._remote = RemoteRun(settings, reopen=True)
         try:
-            self._remote.connect()
+            with _alone(folder):
+                self._remote = RemoteRun(settings, reopen=True)
+                self._remote.connect()
             self._remote.send(Event("artifact", time.time(), file=str(file.resolve())))
             self.run_id = self._remote.run_id
         except Exception as error:  # whatever MLflow or the network raises
@@ -63,6 +66,14 @@ class ParentRun:
             self._remote.send(Event("status", time.time(), status=status))
         except Exception as error:
             print(f"warning: MLflow does not take the sweep's end ({_reason(error)})")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Jobs that run parts of one sweep begin together, and the first one's parent is to be everyone's."""
+    with (folder / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _reason(error: Exception) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dctc.config import Config
 from dctc.sweep.plan import PlannedRun, Sweep, load_sweep
 from dctc.sweep.run import LOG, SweepRunner, is_done
 from dctc.tracking import delivery
+from dctc.tracking.parent import ParentRun
 from dctc.tracking.run import RunSettings, open_tracker
 from tests.tiny import ROOT, write_config
 
@@ -267,6 +269,24 @@ def test_runs_that_mlflow_has_not_got_are_sent_and_find_their_parent(
     (parent,) = client.search_runs(experiments(client, sweep.experiment))
     assert client.get_run(child.info.run_id).data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert not list(tmp_path.glob("*.told"))
+
+
+def test_jobs_that_begin_parts_of_one_sweep_together_have_one_parent(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    plan, folder = tmp_path / "t.yaml", tmp_path / "sweep"
+    plan.write_text("name: t")
+    folder.mkdir()
+    client = MlflowClient(uri)
+    client.create_experiment("parts")  # the database is there
+
+    def begin(_: int) -> str | None:
+        return ParentRun(folder, uri, ("parts", "t"), {}, plan).run_id
+
+    with ThreadPoolExecutor(4) as pool:
+        parents = set(pool.map(begin, range(4)))
+    found = client.search_runs(experiments(client, "parts"))
+    assert parents == {run.info.run_id for run in found}
+    assert len(found) == 1
 
 
 def experiments(client: MlflowClient, name: str) -> list[str]:

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import yaml
 
+from tests import forked
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Path(sys.executable).parent
 
@@ -50,15 +52,14 @@ def run(
     command: str, *arguments: object, check: bool = True, timeout: float = 300, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of this environment from the repository's root."""
-    done = subprocess.run(
-        [str(SCRIPTS / command), *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    words, variables = list(map(str, arguments)), {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    if forked.suits(command, variables):
+        done = forked.run(command, words, ROOT, variables, timeout)
+    else:
+        done = subprocess.run(
+            [str(SCRIPTS / command), *words], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=timeout,
+            check=False,
+        )  # fmt: skip
     if check and done.returncode:
         raise AssertionError(f"{command} {arguments} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done

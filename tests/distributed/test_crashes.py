@@ -106,7 +106,7 @@ def test_two_processes_then_one_then_two_are_equal_to_the_bit(tmp_path: Path, ti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.matrix), 2])
 def test_a_launcher_that_is_killed_takes_its_ranks_along_with_a_checkpoint(
     tmp_path: Path, tiny_dataset: Path, processes: int
 ) -> None:

@@ -58,7 +58,8 @@ def test_sigterm_leaves_a_complete_checkpoint_and_exit_code_75(
 @pytest.mark.parametrize(
     ("method", "keys"),
     [
-        ("dst_cbc", []),  # its stages begin in rounds 2, 4, 6, 8 and 10: it is killed within one, and goes on in it
+        # Its stages begin in rounds 2, 4, 6, 8 and 10: it is killed within one, and goes on in it.
+        pytest.param("dst_cbc", [], marks=pytest.mark.matrix),
         pytest.param("mean_teacher", [], marks=pytest.mark.matrix),
         pytest.param("cps", ["method.cutmix=true"], marks=pytest.mark.matrix),
         pytest.param("dctc", ["method.round=epoch", "data.augment=strong"], marks=pytest.mark.matrix),
@@ -81,6 +82,7 @@ def test_each_method_goes_on_where_it_was(tmp_path: Path, tiny_dataset: Path, me
     assert bool(memories[0]) == (method == "dst_cbc" or keys is EXTENDED)
 
 
+@pytest.mark.matrix
 def test_thresholds_and_weights_of_self_training_are_the_same_on_two_ranks(tmp_path: Path, tiny_dataset: Path) -> None:
     """The histograms of confidence are summed over the ranks, so each has those of the whole unlabelled set."""
     configs = [

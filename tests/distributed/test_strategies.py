@@ -148,8 +148,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> Runs:
 
 
 @pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("zero2", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
 def test_a_strategy_equals_one_process(runs: Runs, strategy: str) -> None:
     """SGD, because Adam hides a wrong scale of the gradient. (ddp: test_parity.py; the others: the matrix.)"""
     case = Case("dctc", "sgd", 0.5, 4)

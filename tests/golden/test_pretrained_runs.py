@@ -70,6 +70,7 @@ def test_ranks_that_have_another_file_or_none_are_named(
         loaded(config, ranks((None, "the same"), (None, "the same")))
 
 
+@pytest.mark.matrix
 @pytest.mark.slow
 def test_two_processes_begin_as_one_does(timm: None, tmp_path: Path, tiny_dataset: Path) -> None:
     """A backbone without batch norms, so that losses agree up to rounding."""

@@ -103,7 +103,7 @@ def test_a_method_by_one_file(checkout: Path, tmp_path: Path, tiny_dataset: Path
     assert {"test-s1.csv", "test-shadow.csv"} <= {path.name for path in folder_of(config).iterdir()}
 
 
-@pytest.mark.parametrize("method", ["dctc", "supervised"])
+@pytest.mark.parametrize("method", [pytest.param("dctc", marks=pytest.mark.matrix), "supervised"])
 def test_a_network_by_one_file(checkout: Path, tmp_path: Path, tiny_dataset: Path, method: str) -> None:
     (checkout / "dctc" / "networks" / "flat.py").write_text(NETWORK)
     config = write_config(tmp_path / "flat.yaml", tiny_dataset, method, network={"name": "flat", "width": 4})

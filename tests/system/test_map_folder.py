@@ -140,6 +140,8 @@ def kill_and_go_on(tmp_path: Path, kills: int) -> None:
         assert sorted(p.name for p in out.iterdir()) == sorted(whole)  # and no draft is left
 
 
+@pytest.mark.matrix
+@pytest.mark.slow
 def test_killed_and_run_again_is_the_same_bytes(tmp_path: Path) -> None:
     kill_and_go_on(tmp_path, 2)
 

@@ -56,7 +56,7 @@ def sections(text: str) -> dict[str, list[str]]:
 
 
 SECTIONS = sections((ROOT / "README.md").read_text())
-QUICK = {"Install by hand", "The main job", "Your own scenes in five steps"}  # the others' commands are much like these
+QUICK = {"Install by hand", "Your own scenes in five steps"}  # the others take minutes: make test-matrix
 
 
 def run(command: str, work: Path) -> str:

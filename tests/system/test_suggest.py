@@ -61,6 +61,8 @@ def test_a_suggestion_is_packed_and_trained_on(tiny_dataset: Path, tiny_model: P
     assert (tmp_path / "runs" / "synthetic-files" / "again" / "model.safetensors").exists()
 
 
+@pytest.mark.matrix
+@pytest.mark.slow
 def test_scenes_without_any_label(tiny_dataset: Path, tiny_model: Path, tmp_path: Path) -> None:
     """Half of the scenes have no label file; an annotator then draws the suggested tiles alone."""
     scenes = Path(shutil.copytree(tiny_dataset.parent / "scenes", tmp_path / "scenes"))

@@ -77,6 +77,8 @@ def test_tables_of_what_has_been_run(tmp_path: Path, tiny_dataset: Path) -> None
     elsewhere = tmp_path / "elsewhere"
     done = tables("synthetic", "--work", elsewhere, "--keep", archive, "--compare", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
+    on = run("dctc", "sweep", sweep, f"data.dataset={tiny_dataset}", f"run.output={elsewhere / 'runs'}", *SMALL)
+    assert "(was finished)" in on.stdout, "a sweep goes on from the archive"
     text = (tmp_path / "out" / "tables_synthetic.md").read_text()
     assert "1 runs, " in text
     assert "dctc compare synthetic-scene --sweep table1 --table 1" in text

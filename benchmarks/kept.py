@@ -6,9 +6,12 @@ finished. Weights, pictures and what MLflow stores of them stay where the runs w
 
 from __future__ import annotations
 
+import lzma
+import shutil
 import sqlite3
 import tarfile
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 FILES = ("report.json", "config.yaml", "mlflow.json")  # of a finished run's folder
@@ -19,9 +22,9 @@ STEP = 100  # rounds
 def keep(work: Path, archive: Path) -> int:
     """Write the runs of ``work`` into ``archive``, a .tar.xz, whole or not at all; returns how many are finished."""
     folders = sorted(path.parent for path in (work / "runs").glob("*/*/report.json"))
-    draft = archive.with_name(f".{archive.name}.part")
-    with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / STORE
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{archive.name}-", dir=archive.parent) as folder:
+        store, draft = Path(folder) / STORE, Path(folder) / archive.name
         thin(work / STORE, store)
         with tarfile.open(draft, "w:xz") as tar:
             tar.add(store, STORE, filter=anonymous)
@@ -29,28 +32,44 @@ def keep(work: Path, archive: Path) -> int:
                 for file in FILES:
                     if (run / file).exists():
                         tar.add(run / file, f"{run.relative_to(work)}/{file}", filter=anonymous)
-    draft.replace(archive)
+        draft.replace(archive)
     return len(folders)
 
 
 def restore(archive: Path, work: Path) -> bool:
-    """Take up the runs of ``archive`` in ``work``, where no run has been made yet; whether that was so."""
-    if (work / STORE).exists() or not archive.exists():
+    """Take up the runs of ``archive``, if there is one, in ``work``, where none has been made yet; whether it did.
+
+    Raises:
+        ValueError: the archive is damaged, or holds runs that ``work`` lacks, which :func:`keep` would drop.
+    """
+    if not archive.exists():
         return False
-    work.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive) as tar:
-        tar.extractall(work, filter="data")
+    try:
+        with tarfile.open(archive) as tar:
+            if (work / STORE).exists():
+                lacking = sorted(name for name in tar.getnames() if not (work / name).exists())
+                if lacking:
+                    raise ValueError(f"{archive}: {work} has other runs and lacks {lacking[0]}: choose another --work")
+                return False
+            work.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".kept-", dir=work) as folder:
+                tar.extractall(folder, filter="data")
+                shutil.copytree(Path(folder) / "runs", work / "runs", dirs_exist_ok=True)
+                (Path(folder) / STORE).replace(work / STORE)  # last: it says that all is there
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{archive}: a damaged archive of runs ({error}): remove it, or get it anew") from None
     return True
 
 
 def thin(source: Path, target: Path) -> None:
     """Copy MLflow's database, also one that is being written, with every hundredth round of the curves."""
-    with sqlite3.connect(f"file:{source}?mode=ro", uri=True) as whole, sqlite3.connect(target) as copy:
+    with (
+        closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True)) as whole,
+        closing(sqlite3.connect(target, isolation_level=None)) as copy,
+    ):
         whole.backup(copy)
-    copy = sqlite3.connect(target, isolation_level=None)
-    copy.execute("DELETE FROM metrics WHERE step % ? != 0", (STEP,))
-    copy.execute("VACUUM")
-    copy.close()
+        copy.execute("DELETE FROM metrics WHERE step % ? != 0", (STEP,))
+        copy.execute("VACUUM")
 
 
 def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:

@@ -149,8 +149,12 @@ def main() -> int:
         return 0
     code = 0
     place = Place(name, wanted.test if name == "dubai" else None, study, work)
-    if wanted.keep and restore(wanted.keep, work):
-        print(f"{work}: goes on with the runs of {wanted.keep}")
+    try:
+        if wanted.keep and restore(wanted.keep, work):
+            print(f"{work}: goes on with the runs of {wanted.keep}")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     if not wanted.compare:
         signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the sweep, which saves its runs and ends with 75
         make_dataset(place, wanted.data)

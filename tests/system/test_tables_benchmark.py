@@ -59,6 +59,16 @@ def test_what_is_kept_of_runs(tmp_path: Path) -> None:
     with sqlite3.connect(work / "mlflow.db") as store:
         assert store.execute("SELECT count(*) FROM metrics").fetchone() == (31,), "the runs' own stays whole"
     assert not restore(archive, work), "runs are there"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mlflow.db").touch()
+    with pytest.raises(ValueError, match=r"lacks runs/towns/done/report\.json: choose another --work"):
+        restore(archive, other)
+    cut = tmp_path / "cut.tar.xz"
+    cut.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"cut\.tar\.xz: a damaged archive"):
+        restore(cut, tmp_path / "fourth")
+    assert not (tmp_path / "fourth" / "mlflow.db").exists()
     assert not restore(tmp_path / "none.tar.xz", tmp_path / "third")
     assert not (tmp_path / "third").exists()
 

@@ -80,7 +80,7 @@ def await_end(session: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [KILLS // 10, pytest.param(KILLS, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("times", [KILLS // 4, pytest.param(KILLS, marks=pytest.mark.matrix)])
 def test_killed_at_random_moments(district: Path, district_packed: dict[str, str], tmp_path: Path, times: int) -> None:
     seed = int.from_bytes(os.urandom(4), "big")
     print(f"seed {seed}")  # shown when the test fails

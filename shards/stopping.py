@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 KINDS = (signal.SIGINT, signal.SIGTERM)
-ECHO_S = 2.0  # a launcher passes a Ctrl-C on that its processes have had already
+ECHO_S = 10.0  # a launcher passes a Ctrl-C on that its processes have had already
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def stoppable() -> Iterator[None]:
     """SIGINT or SIGTERM ends the block by a KeyboardInterrupt. For the main thread; a SIGINT that is ignored stays so.
 
     The interrupt may strike inside a library that is tidying up itself and fails for it with another error (rasterio's
-    environments do): that error is the interrupt's doing and leaves as KeyboardInterrupt too. A signal within two
+    environments do): that error is the interrupt's doing and leaves as KeyboardInterrupt too. A signal within ten
     seconds of the first doesn't disturb what is being tidied up; a later one interrupts again, for a library may have
     lost the first.
 

@@ -139,7 +139,8 @@ class Scene:
         if elsewhere or len(own) != len(names):
             raise InputError(
                 f"{self.path} has {len(own)} bands ({self._band_list(own)}), but the model wants {len(names)} "
-                f"({', '.join(names)}): give a scene of these bands, or say which of its bands they are"
+                f"({', '.join(names)}): give a scene of these bands, or say which of its bands they are, "
+                "as --bands 1,2,3"
             )
         return own
 

@@ -28,13 +28,13 @@ from dctc.mapping.scene import Scene, Source
 from dctc.mapping.share import Share, Whole
 from dctc.mapping.spool import Spools
 from dctc.mapping.windows import Band, Grid, reflect
+from dctc.methods.turns import VIEWS, average_views
 from shards.errors import InputError
 from shards.manifest import IGNORE, ClassInfo
 
 PROBABILITY_STEPS = 250  # probabilities are stored as round(250 p) in uint8: steps of 0.004, and 255 stays free
 ROWS_AT_ONCE = 64  # rendered: what lies between probabilities and a file is several times as large as the file's rows
 GDAL_CACHE_BYTES = 256 << 20  # GDAL's default is 5 % of the machine's memory
-VIEWS = tuple((turns, flip) for flip in (False, True) for turns in range(4))  # of a square; the first is the identity
 
 
 class SceneModel(Protocol):
@@ -232,24 +232,6 @@ class _Forward:
         if self.device.type == "cuda":  # a pageable copy would wait for the net
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
-
-
-def average_views(
-    function: Callable[[Tensor], Tensor], images: Tensor, views: Sequence[tuple[int, bool]] = VIEWS
-) -> Tensor:
-    """Mean over ``views`` (quarter turns, then a mirror) of ``function`` turned back; [B,C,H,H] -> [B,K,H,H].
-
-    Over all eight views the result turns and mirrors exactly as the images do, whatever ``function`` is.
-    """
-    total: Tensor | None = None
-    for turns, flip in views:
-        turned = torch.rot90(images, turns, (2, 3))
-        seen = function(turned.flip(3) if flip else turned)
-        back = torch.rot90(seen.flip(3) if flip else seen, -turns, (2, 3))
-        total = back if total is None else total + back
-    if total is None:
-        raise ValueError("no views to average over")
-    return total / len(views)
 
 
 class _Renderer:

@@ -25,6 +25,7 @@ from dctc.methods.dctc_options import Options
 from dctc.methods.lessons import Lesson, Look, lesson_sums, looks
 from dctc.methods.losses import cross_entropy_sum, mean_prediction, pixel_count, ramp_up
 from dctc.methods.trust import Trust, class_weights, rounds_of
+from dctc.methods.turns import turned_mean
 from dctc.networks import NetworkSpec, build_decoder, build_encoder, build_network
 
 STUDENTS = ("s1", "s2")
@@ -84,10 +85,14 @@ class DCTC(Method):
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:
         """Logits of ``s1``, ``s2``, ``teacher`` and ``mean`` (log of the mean of both students' probabilities)."""
-        features = self.parts["encoder"](images)
-        s1, s2 = (self.parts[student](features, images.shape[-2:]) for student in STUDENTS)
+        s1, s2 = self._students(images)
         nets = {"s1": s1, "s2": s2, "mean": mean_prediction(s1, s2), "teacher": self.parts["teacher"](images)}
         return nets | {"ensemble": mean_prediction(s1, s2, nets["teacher"])} if self.options.ensemble else nets
+
+    def _students(self, images: Tensor) -> list[Tensor]:
+        """Logits of S1 and of S2."""
+        features = self.parts["encoder"](images)
+        return [self.parts[student](features, images.shape[-2:]) for student in STUDENTS]
 
     def _teacher_update(self, labelled: Sequence[Batch], labels: Sequence[Tensor], weights: Tensor | None) -> Update:
         def sums(micro: int) -> Tensor:
@@ -138,20 +143,23 @@ class DCTC(Method):
 
     def _label_by_teacher(self, batches: Sequence[Batch], step: int) -> Generator[Total, Any, list[Tensor]]:
         with inference(self.parts["teacher"]):
-            logits = [self.parts["teacher"](batch.images) for batch in batches]
+            logits = [
+                turned_mean(lambda x: [self.parts["teacher"](x)], batch.images, self.options.label_turns)[0]
+                for batch in batches
+            ]
         return (yield from self._trusted("teacher", logits, batches, step))
 
     def _label_by_students(
         self, batches: Sequence[Batch], step: int
     ) -> Generator[Total, Any, tuple[list[Tensor], list[Tensor]]]:
         """What S1 and what S2 says of each micro-batch; the same where they arbitrate."""
-        modules = [self.parts[name] for name in ("encoder", *STUDENTS)]
         said: tuple[list[Tensor], list[Tensor]] = ([], [])
-        with inference(*modules):
+        with inference(*(self.parts[name] for name in ("encoder", *STUDENTS))):
             for batch in batches:
-                features = modules[0](batch.images)
-                for logits, decoder in zip(said, modules[1:], strict=True):
-                    logits.append(decoder(features, batch.images.shape[-2:]))
+                for logits, of in zip(
+                    said, turned_mean(self._students, batch.images, self.options.label_turns), strict=True
+                ):
+                    logits.append(of)
         if self.options.arbitration:
             both = yield from self._trusted(
                 "students", [surer(*pair) for pair in zip(*said, strict=True)], batches, step

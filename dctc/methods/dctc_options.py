@@ -37,6 +37,8 @@ class Options:
         teacher_pull: share by which the teacher's weights and batch-norm statistics move towards encoder and S1 after
             its supervised step, from the start of phase 2. They begin as one network then.
         student_attention: channel attention in the students' encoder too.
+        label_turns: pseudo labels are of the mean prediction over 2 (half) or 4 (quarter) turns of the tile;
+            1 takes it as it is.
         arbitration: in phase 3 both students learn, at each pixel, what the more confident of them says.
         ensemble: also report the mean of S1, S2 and teacher, as the net ``ensemble``.
     """
@@ -63,6 +65,7 @@ class Options:
     class_balance: float = 0.0
     teacher_pull: float = 0.0
     student_attention: bool = False
+    label_turns: int = 1
     arbitration: bool = False
     ensemble: bool = False
 
@@ -81,6 +84,10 @@ class Options:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.views <= 2:
             raise ValueError(f"views is the number of strong views, 0, 1 or 2, got {self.views}")
+        if self.label_turns not in (1, 2, 4):
+            raise ValueError(
+                f"label_turns is the number of turns that are averaged over, 1, 2 or 4, got {self.label_turns}"
+            )
         if self.labels_in_phase3 and not self.labels_for_students:
             raise ValueError("labels_in_phase3 goes with labels_for_students=true, which phase 2 has")
         if self.teacher_pull and self.attention != self.student_attention:

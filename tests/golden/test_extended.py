@@ -147,14 +147,22 @@ class Loop:
     def said(self, x: Tensor) -> dict[str, Tensor]:
         for net in self.nets.values():
             net.eval()
+        turns = {1: [0], 2: [0, 2], 4: [0, 1, 2, 3]}[self.o.get("label_turns", 1)]
         with torch.no_grad():
-            features = self.nets["encoder"](x)
-            z = {s: self.nets[s](features, x.shape[-2:]) for s in STUDENTS if s in self.nets}
-            if "teacher" in self.nets:
-                z["teacher"] = self.nets["teacher"](x)
+            seen = [self.nets_on(torch.from_numpy(np.rot90(x.numpy(), k, (2, 3)).copy())) for k in turns]
         for net in self.nets.values():
             net.train()
-        return z
+        if len(seen) == 1:
+            return seen[0]
+        back = {
+            net: [np.rot90(softmax(z[net]), -k, (2, 3)) for k, z in zip(turns, seen, strict=True)] for net in seen[0]
+        }
+        return {net: torch.from_numpy(np.log(np.mean(views, 0))) for net, views in back.items()}
+
+    def nets_on(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.nets["encoder"](x)
+        z = {s: self.nets[s](features, x.shape[-2:]) for s in STUDENTS if s in self.nets}
+        return z | ({"teacher": self.nets["teacher"](x)} if "teacher" in self.nets else {})
 
     def looks(self, u: Batch) -> list[tuple[str, Tensor, Tensor, Tensor, float, bool]]:
         """Name, images, what is valid, pixels that show the other tile, weight, dropped."""
@@ -309,10 +317,12 @@ CASES: dict[str, dict[str, Any]] = {
     "pull": {"teacher_pull": 0.25, "attention": False, "phase2_start": 2},
     "pull with attention": {"teacher_pull": 0.25, "student_attention": True},
     "arbitration": {"arbitration": True},
+    "half turns": {"label_turns": 2},
+    "quarter turns": {"label_turns": 4, "threshold": "entropy", "drop": 0.6},
     "all": {
         "views": 2, "cutmix": True, "feature_dropout": 0.25, "threshold": "adaptive", "class_balance": 0.5,
-        "teacher_pull": 0.1, "attention": False, "arbitration": True, "update": "fused", "phase2_start": 0.25,
-        "phase3_start": 0.5, "phase3_ramp": 0.25,
+        "teacher_pull": 0.1, "attention": False, "arbitration": True, "update": "fused", "label_turns": 4,
+        "phase2_start": 0.25, "phase3_start": 0.5, "phase3_ramp": 0.25,
     } | LABELS,
 }  # fmt: skip
 
@@ -401,6 +411,7 @@ def test_the_ensemble_is_the_mean_of_the_three() -> None:
     ("name", "options", "words"),
     [
         ("dctc", {"views": 3}, "views is the number of strong views"),
+        ("dctc", {"label_turns": 3}, "label_turns is the number of turns .*, 1, 2 or 4, got 3"),
         ("dctc", {"teacher_pull": 0.1}, "teacher_pull moves the teacher .* set attention=false"),
         ("dctc", {"teacher_pull": 1.0, "attention": False}, r"teacher_pull must lie in \[0, 1\)"),
         ("dctc", {"labels_in_phase3": True}, "labels_in_phase3 goes with labels_for_students=true"),

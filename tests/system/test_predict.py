@@ -21,7 +21,8 @@ from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
 from torch import Tensor
 
-from dctc.mapping.predict import average_views, predict_scene
+from dctc.mapping.predict import predict_scene
+from dctc.methods.turns import average_views
 from tests.system.oracle import CLASSES, COLORS, HERE, UTM, Convolutions, Oracle, labels, read, write_scene
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")

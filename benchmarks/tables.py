@@ -7,7 +7,8 @@
 
 `--study paper` (the default) is the paper's tables 1 to 3: all methods, shares 1/8, 1/4, 1/2 and 1, two seeds; width 8,
 equal rounds, 4 + 4 tiles of 128 px. `--study labels` is the sweeps `extended` and `ablation` (docs/fewer_labels.md):
-width 16, tiles of 64 px, long enough that the U-Net gains from labels. FOLDER holds the scenes of the Dubai dataset
+width 16, tiles of 64 px, long enough that the U-Net gains from labels; `--rounds N` is the study at another length,
+filed apart. FOLDER holds the scenes of the Dubai dataset
 ("Tile 1", "Tile 2", ...); without it that half says that it is skipped. DIR keeps scenes, datasets and runs: the same
 command goes on, and what is finished is not run again. `--compare` writes the tables of what is there, `--sweeps` runs
 some of a study's, further words (`--seed 0 --share 1/8 --row U-Net`) a part of each sweep, as for `dctc sweep`.
@@ -87,12 +88,18 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where the runs of a study on a dataset are; ``test``: Dubai's test tile, None for another dataset."""
+    """Where the runs of a study on a dataset are.
+
+    Attributes:
+        test: Dubai's test tile, None for another dataset.
+        rounds: of its runs, where that is not the study's own number.
+    """
 
     name: str
     test: int | None
     study: Study
     work: Path
+    rounds: int | None = None
 
     @property
     def called(self) -> str:
@@ -102,7 +109,22 @@ class Place:
     @property
     def experiment(self) -> str:
         """As runs on it are filed."""
-        return f"{self.called}-scene"
+        return f"{self.called}-scene{self._length}"
+
+    @property
+    def settings(self) -> list[str]:
+        """Of all its runs."""
+        longer = [] if self.rounds is None else [f"schedule.rounds={self.rounds}"]
+        return [item for item in self.study.settings if not longer or not item.startswith("schedule.rounds=")] + longer
+
+    @property
+    def results(self) -> str:
+        """Begins the names of its files of results."""
+        return f"{self.study.stem}_{self.called}{self._length.replace('-', '_')}"
+
+    @property
+    def _length(self) -> str:
+        return "" if self.rounds is None else f"-{self.rounds}"
 
     @property
     def dataset(self) -> Path:
@@ -148,7 +170,7 @@ def main() -> int:
         print("dubai: SKIPPED, its scenes are not at hand: give their folder as --data", file=sys.stderr)
         return 0
     code = 0
-    place = Place(name, wanted.test if name == "dubai" else None, study, work)
+    place = Place(name, wanted.test if name == "dubai" else None, study, work, wanted.rounds)
     try:
         if wanted.keep and restore(wanted.keep, work):
             print(f"{work}: goes on with the runs of {wanted.keep}")
@@ -179,7 +201,7 @@ def write(place: Place, called: str, out: Path) -> None:
     for table, layout in place.study.tables:
         lines += compared(place, table, layout, out) if place.runs(table) else [f"`{table}`: no finished run", ""]
     text = "\n".join(lines)
-    draft = out / f"{place.study.stem}_{place.called}.md.part"
+    draft = out / f"{place.results}.md.part"
     draft.write_text(text)
     draft.replace(draft.with_suffix(""))
     print(text)
@@ -193,12 +215,20 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--sweeps", nargs="+", help="of the study; default: all of them")
     parser.add_argument("--data", type=Path, help="folder of the Dubai scenes")
     parser.add_argument("--test", type=int, choices=DUBAI, default=USUAL_TEST, help="Dubai's test tile")
+    parser.add_argument("--rounds", type=positive, help="of each run, in place of the study's own number")
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, datasets and runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--keep", type=Path, help="archive of finished runs: taken up, and written")
     parser.add_argument("--compare", action="store_true", help="train nothing")
     return parser.parse_known_args()
+
+
+def positive(text: str) -> int:
+    """A number of rounds."""
+    if (number := int(text)) < 1:
+        raise ValueError(text)
+    return number
 
 
 def dctc(*words: object) -> int:
@@ -223,7 +253,7 @@ def make_dataset(place: Place, data: Path | None) -> None:
 def sweep(place: Place, table: str, jobs: int, further: list[str]) -> int:
     """Run a sweep; its exit code."""
     where = (f"data.dataset={place.dataset}", f"run.output={place.work / 'runs'}", f"run.experiment={place.experiment}")
-    return dctc("sweep", f"configs/{place.name}/{table}.yaml", *where, *place.study.settings, "--jobs", jobs, *further)
+    return dctc("sweep", f"configs/{place.name}/{table}.yaml", *where, *place.settings, "--jobs", jobs, *further)
 
 
 def head(place: Place, called: str) -> list[str]:
@@ -235,13 +265,14 @@ def head(place: Place, called: str) -> list[str]:
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), one a run; Python {platform.python_version()}"
     turned = f" --test {place.test}" if place.split else ""
     data = f"{turned} --data FOLDER" if name == "dubai" else ""
+    data += "" if place.rounds is None else f" --rounds {place.rounds}"
     return [
         f"# {study.title}: {place.called}",
         "",
         f"    python benchmarks/tables.py {name} --study {called} --work DIR{data}",
         "",
         f"Date {date.today()}; {machine}, {versions}.",
-        f"Configs `configs/{name}/` with `{' '.join(study.settings)}`.",
+        f"Configs `configs/{name}/` with `{' '.join(place.settings)}`.",
         f"{len(reports)} runs, {seconds / 3600:.1f} hours of training in all.",
         "",
     ]
@@ -250,7 +281,7 @@ def head(place: Place, called: str) -> list[str]:
 def compared(place: Place, table: str, layout: int, out: Path) -> list[str]:
     """The Markdown of `dctc compare`, below its command; the cells as CSV go into a file beside it."""
     of = str(layout) if place.study.stem == "tables" else f"{table}_{layout}"
-    cells = out / f"{place.study.stem}_{place.called}_{of}.csv"
+    cells = out / f"{place.results}_{of}.csv"
     store = f"sqlite:///{place.work / 'mlflow.db'}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "table.md"

@@ -24,7 +24,7 @@ METHODS = ("mean_teacher", "cps", "dst_cbc")  # another method joins the matrix 
 EXTENDED = (
     "method.labels_for_students=true method.labels_in_phase3=true method.views=2 method.cutmix=true "
     "method.feature_dropout=0.5 method.class_balance=0.5 method.arbitration=true method.update=fused "
-    "method.attention=false method.teacher_pull=0.1 "
+    "method.label_turns=2 method.attention=false method.teacher_pull=0.1 "
 )
 KINDS = {
     "": "",

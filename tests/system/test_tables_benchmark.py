@@ -26,7 +26,9 @@ def tables(*words: object) -> subprocess.CompletedProcess[str]:
 def test_without_runs_or_scenes_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     done = tables("synthetic", "--work", tmp_path, "--compare", "--out", tmp_path / "out")
     assert done.returncode == 1
-    assert "no finished run of table1, table3" in done.stderr
+    assert f"{tmp_path / 'runs' / 'synthetic-scene'}: no finished run of table1, table3" in done.stderr
+    done = tables("synthetic", "--work", tmp_path, "--compare", "--rounds", 50, "--out", tmp_path / "out")
+    assert f"{tmp_path / 'runs' / 'synthetic-scene-50'}: no finished run of table1, table3" in done.stderr
     done = tables("dubai", "--work", tmp_path, "--out", tmp_path / "out")
     assert done.returncode == 0
     assert "SKIPPED" in done.stderr
@@ -37,6 +39,9 @@ def test_a_mistyped_option_is_no_silent_one(tmp_path: Path) -> None:
     done = tables("synthetic", "--work", tmp_path, "--compare", "--seeds", 3)
     assert done.returncode == 2
     assert "--seeds 3: with --compare there is no sweep to take this" in done.stderr
+    done = tables("synthetic", "--work", tmp_path, "--rounds", 0)
+    assert done.returncode == 2
+    assert "argument --rounds: invalid positive value: '0'" in done.stderr
     done = tables("synthetic", "--work", tmp_path, "--sweeps", "table9")
     assert done.returncode == 2
     assert "study paper has no sweep table9: table1, table3" in done.stderr

@@ -70,6 +70,7 @@ def evaluate(
     folder: Annotated[str, typer.Argument(metavar="DATASET", help="folder or URL")],
     split: Annotated[str, typer.Option(help="train, val or test")] = "test",
     batch: Annotated[int, typer.Option(min=1, help="tiles at once")] = 8,
+    tta: Annotated[bool, typer.Option("--tta", help="average over eight flips and quarter turns")] = False,
     report: Annotated[Path | None, typer.Option("--out", help="folder for tables and confusion matrices")] = None,
     scenes: Annotated[bool, typer.Option("--scenes", help="also map the split's scenes and score the maps")] = False,
     root: Annotated[Path | None, typer.Option(help="with --scenes: the folder that `dctc shard --root` had")] = None,
@@ -94,11 +95,13 @@ def evaluate(
     if scenes:
         from dctc.whole_scenes.score import ScenesToScore
 
-        whole = ScenesToScore.of(bundle, dataset, split, root or Path(), net)  # what cannot be scored is said at once
-    evaluation = evaluate_model(bundle, dataset, split, batch)
-    destination = report or beside_model(model) / f"evaluation-{split}"
+        whole = ScenesToScore.of(
+            bundle, dataset, split, root or Path(), net, tta
+        )  # what cannot be scored is said at once
+    evaluation = evaluate_model(bundle, dataset, split, batch, tta=tta)
+    destination = report or beside_model(model) / f"evaluation-{split}{'-tta' if tta else ''}"
     write_evaluation(destination, evaluation, split)
-    record: dict[str, Any] = evaluation.as_record()
+    record: dict[str, Any] = evaluation.as_record() | {"tta": tta}
     if whole is not None:
         from dctc.whole_scenes.report import write_scenes
 

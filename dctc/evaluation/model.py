@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import torch
+from torch import Tensor
 
 from dctc.bundle import Bundle
 from dctc.data.loaders import Normaliser, evaluation_batches
 from dctc.data.order import Layout
 from dctc.evaluation.evaluate import Evaluation, evaluate_tiles
 from dctc.methods.base import inference
+from dctc.methods.turns import mean_over_views
 from shards.errors import InputError
 from shards.index import Index
 from shards.manifest import SPLITS, Dataset
 
 
 def evaluate_model(
-    bundle: Bundle, dataset: Dataset, split: str = "test", batch: int = 8, workers: int = 0
+    bundle: Bundle, dataset: Dataset, split: str = "test", batch: int = 8, workers: int = 0, tta: bool = False
 ) -> Evaluation:
     """Score every net of a model on one split, in float32, with the model's own normalisation.
+
+    Args:
+        tta: of each net the mean probability over the eight flips and quarter turns of a tile.
 
     Raises:
         InputError: unknown or empty split, no labels in it, or a dataset of other bands, pixel type or classes.
@@ -31,7 +39,7 @@ def evaluate_model(
     normaliser = Normaliser.from_values(bundle.description.mean, bundle.description.std, bundle.device)
     with inference(*bundle.method.parts.values()):
         evaluation = evaluate_tiles(
-            bundle.method.logits,
+            partial(averaged_logits, bundle.method.logits) if tta else bundle.method.logits,
             evaluation_batches(dataset, rows, batch, Layout(), normaliser, workers),
             dataset.manifest.class_names,
             bundle.device,
@@ -41,6 +49,19 @@ def evaluate_model(
     if evaluation.nets[bundle.headline].scores is None:
         raise InputError(f"{dataset.location}: its {split} split has no labelled pixel to score on")
     return evaluation
+
+
+def averaged_logits(logits: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor) -> dict[str, Tensor]:
+    """By net, the log of the mean probability over the eight flips and quarter turns of ``images`` [B,C,H,H]."""
+    names: list[str] = []
+
+    def of_nets(shown: Tensor) -> list[Tensor]:
+        found = logits(shown)
+        names[:] = found
+        return list(found.values())
+
+    means = mean_over_views(of_nets, images)
+    return dict(zip(names, means, strict=True))
 
 
 def check_fit(bundle: Bundle, dataset: Dataset, *, classes: bool = True) -> None:

@@ -25,7 +25,7 @@ from dctc.methods.dctc_options import Options
 from dctc.methods.lessons import Lesson, Look, lesson_sums, looks
 from dctc.methods.losses import cross_entropy_sum, mean_prediction, pixel_count, ramp_up
 from dctc.methods.trust import Trust, class_weights, rounds_of
-from dctc.methods.turns import turned_mean
+from dctc.methods.turns import TURNS, mean_over_views
 from dctc.networks import NetworkSpec, build_decoder, build_encoder, build_network
 
 STUDENTS = ("s1", "s2")
@@ -144,7 +144,7 @@ class DCTC(Method):
     def _label_by_teacher(self, batches: Sequence[Batch], step: int) -> Generator[Total, Any, list[Tensor]]:
         with inference(self.parts["teacher"]):
             logits = [
-                turned_mean(lambda x: [self.parts["teacher"](x)], batch.images, self.options.label_turns)[0]
+                mean_over_views(lambda x: [self.parts["teacher"](x)], batch.images, TURNS[self.options.label_turns])[0]
                 for batch in batches
             ]
         return (yield from self._trusted("teacher", logits, batches, step))
@@ -157,7 +157,7 @@ class DCTC(Method):
         with inference(*(self.parts[name] for name in ("encoder", *STUDENTS))):
             for batch in batches:
                 for logits, of in zip(
-                    said, turned_mean(self._students, batch.images, self.options.label_turns), strict=True
+                    said, mean_over_views(self._students, batch.images, TURNS[self.options.label_turns]), strict=True
                 ):
                     logits.append(of)
         if self.options.arbitration:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dctc.methods.turns import TURNS
+
 
 @dataclass(frozen=True)
 class Options:
@@ -84,7 +86,7 @@ class Options:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.views <= 2:
             raise ValueError(f"views is the number of strong views, 0, 1 or 2, got {self.views}")
-        if self.label_turns not in (1, 2, 4):
+        if self.label_turns not in TURNS:
             raise ValueError(
                 f"label_turns is the number of turns that are averaged over, 1, 2 or 4, got {self.label_turns}"
             )

@@ -28,23 +28,25 @@ def average_views(
     return total / len(views)
 
 
-def turned_mean(function: Callable[[Tensor], Sequence[Tensor]], images: Tensor, turns: int) -> list[Tensor]:
-    """Each of ``function``'s logits, averaged as probabilities over evenly spaced turns of the tiles and turned back.
+TURNS = {1: VIEWS[:1], 2: VIEWS[:4:2], 4: VIEWS[:4]}  # evenly spaced, by their number
+
+
+def mean_over_views(
+    function: Callable[[Tensor], Sequence[Tensor]], images: Tensor, views: Sequence[tuple[int, bool]] = VIEWS
+) -> list[Tensor]:
+    """Each of ``function``'s logits, averaged as probabilities over ``views`` of the tiles and turned back.
 
     Args:
         function: images [B,C,H,H] -> several logits [B,K,H,H].
-        turns: 1 leaves the logits as they are, 2 is the half turn beside them, 4 the quarter turns.
 
     Returns:
-        Logits of the means, log-probabilities in float32 or wider where ``turns`` is not 1.
+        Logits of the means: log-probabilities, float32 or wider; of a single view the function's own.
     """
-    if turns == 1:
+    if tuple(views) == VIEWS[:1]:
         return list(function(images))
 
     def probabilities(shown: Tensor) -> Tensor:
         logits = torch.cat(tuple(function(shown)))
         return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
 
-    views = [(turn, False) for turn in range(0, 4, 4 // turns)]
-    mean = average_views(probabilities, images, views)
-    return list(torch.split(mean.log(), len(images)))
+    return list(torch.split(average_views(probabilities, images, views).log(), len(images)))

@@ -114,9 +114,12 @@ class ScenesToScore:
     root: Path
     scenes: list[Scene]
     net: str
+    tta: bool = False
 
     @classmethod
-    def of(cls, bundle: Bundle, dataset: Dataset, split: str, root: Path, net: str | None) -> ScenesToScore:
+    def of(
+        cls, bundle: Bundle, dataset: Dataset, split: str, root: Path, net: str | None, tta: bool = False
+    ) -> ScenesToScore:
         """Find the rasters of a split.
 
         Raises:
@@ -146,7 +149,7 @@ class ScenesToScore:
             if name not in found or found[name].label is None:
                 raise InputError(f"{root}: has no image and label of scene {name!r}; give --root as for `dctc shard`")
             scenes.append(found[name])
-        return cls(bundle, recipe, root, scenes, net or bundle.headline)
+        return cls(bundle, recipe, root, scenes, net or bundle.headline, tta)
 
     def score(
         self, maps: Path, batch: int, device: torch.device, progress: Callable[[int, int], None] | None = None
@@ -171,7 +174,7 @@ class ScenesToScore:
     def _score(self, scene: Scene, maps: Path, batch: int, device: torch.device) -> SceneScore:
         with open_source(self.recipe, self.root, scene, self.bundle.dtype) as source:
             outputs = predict_scene(
-                self.bundle, source.path, maps, net=self.net, batch=batch, device=device, source=source
+                self.bundle, source.path, maps, net=self.net, tta=self.tta, batch=batch, device=device, source=source
             )
             shown = source.thinned(*picture_places(source.height, source.width), 3 if len(self.bundle.bands) > 2 else 1)
         truth = read_truth(self.recipe, self.root, scene, self.bundle.tile_size)

@@ -5,8 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import rasterio
+import torch
+from sklearn.metrics import confusion_matrix
 
+from dctc.bundle import Bundle
+from dctc.data.tiles import TileDataset
+from shards.index import Index
+from shards.manifest import Dataset
 from tests.tiny import run, write_config
 
 
@@ -36,6 +44,43 @@ def test_evaluate_repeats_the_final_test(tested: Path, tiny_dataset: Path, tmp_p
         header = (out / f"test-{name}.csv").read_text().splitlines()[0]
         assert header.startswith("class,iou")
     assert found["tiles"] == reported["tiles"]
+
+
+def test_averaged_over_eight_views(tested: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    model, out = tested / "model.safetensors", tmp_path / "scores"
+    scenes = tiny_dataset.parent / "scenes"
+    words = ("--tta", "--scenes", "--root", scenes, "--json", "--out", out)
+    found = json.loads(run("dctc", "evaluate", model, tiny_dataset, *words).stdout)
+    assert found["tta"] is True
+    bundle, dataset = Bundle.load(model), Dataset.open(tiny_dataset)
+    matrices = {name: np.zeros((6, 6), np.int64) for name in found["nets"]}
+    tiles = TileDataset(dataset, labels=True)
+    for row in Index.open(dataset).rows("test"):
+        tile = tiles[0, int(row)]
+        image, truth = tile["images"][0].numpy(), tile["labels"][0].numpy()
+        assert tile["valid"].all()
+        views = [image, np.flip(image, 2)]
+        seen = [
+            bundle.logits(torch.from_numpy(np.rot90(view, k, (1, 2)).copy())[None]) for view in views for k in range(4)
+        ]
+        for name, matrix in matrices.items():
+            turned = [torch.softmax(logits[name].double(), 1)[0].numpy() for logits in seen]
+            back = [np.rot90(p, -(k % 4), (1, 2)) for k, p in enumerate(turned)]
+            mean = (np.add.reduce(back[:4]) + np.flip(np.add.reduce(back[4:]), 2)) / 8
+            kept = truth != 255
+            matrix += confusion_matrix(truth[kept], mean.argmax(0)[kept], labels=range(6))
+    for name, matrix in matrices.items():
+        ours = np.array(found["nets"][name]["scores"]["matrix"])
+        assert abs(ours - matrix).sum() <= 4, "but for a tie or two of float32"
+    plain = json.loads((tested / "report.json").read_text())["test"]["nets"]["s1"]["scores"]["matrix"]
+    assert found["nets"]["s1"]["scores"]["matrix"] != plain
+    (image,) = sorted(scenes.rglob(f"top_potsdam_{next(iter(found['scenes']['scenes']))}_RGB.tif"))
+    run("dctc", "predict", model, image, "--tta", "--out", tmp_path / "maps")
+    file = f"{image.stem}_classes.tif"
+    with rasterio.open(tmp_path / "maps" / file) as one, rasterio.open(out / "maps" / file) as other:
+        assert (one.read() == other.read()).all()
+    run("dctc", "evaluate", model, tiny_dataset, "--tta")
+    assert (tested / "evaluation-test-tta" / "test-s1.csv").exists()
 
 
 def test_the_run_leaves_what_it_promises(tested: Path) -> None:

@@ -7,6 +7,7 @@
     rows:
       - {row: U-Net, config: unet.yaml, shares: [1]}
       - {row: no sharpening, config: dctc.yaml, set: {method.sharpen: none}}
+      - {row: "U-Net, longer", config: unet.yaml, times: 4}  # as long as that, whatever the command line says of rounds
 
 A config's path is relative to the sweep file. What stands in a row wins over what stands above the rows.
 """
@@ -22,7 +23,17 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dctc.config import COMMAND_LINE, Config, NetworkConfig, Share, load_config, nearest, parse_override, read_mapping
+from dctc.config import (
+    COMMAND_LINE,
+    Config,
+    NetworkConfig,
+    ScheduleConfig,
+    Share,
+    load_config,
+    nearest,
+    parse_override,
+    read_mapping,
+)
 from dctc.engine.build import resolve, run_folder
 from dctc.engine.checkpoint import latest
 from dctc.engine.model import check_network, check_weights
@@ -47,6 +58,7 @@ class Row(_Record):
     shares: Annotated[list[Share], Field(min_length=1)] | None = None
     seeds: Annotated[list[Seed], Field(min_length=1)] | None = None
     settings: Settings = Field(default={}, alias="set")
+    times: Annotated[int, Field(ge=1, lt=2**31)] = 1
 
 
 class SweepFile(_Record):
@@ -235,6 +247,7 @@ def _runs(plan: SweepFile, row: Row, path: Path, overrides: Sequence[str], known
             name = f"{plan.name}-{label}-{share}-s{seed}"
             own = [f"data.labelled_share={share}", f"run.seed={seed}", f"run.name={json.dumps(name)}"]
             own.append(f"tracking.tags={json.dumps({'sweep': plan.name, 'row': row.row})}")
+            own += _longer(load_config(file, overrides, [here]).schedule, row.times)
             config = resolve(load_config(file, [*overrides, *own], [here]))
             dataset = known.dataset(config)
             _must_have(dataset, config)
@@ -245,6 +258,18 @@ def _runs(plan: SweepFile, row: Row, path: Path, overrides: Sequence[str], known
             folder = run_folder(config, dataset)
             known.check_weights(config, dataset, folder)
             yield PlannedRun(row.row, config, dataset.digest, file, (*settings, *overrides, *own), folder)
+
+
+def _longer(schedule: ScheduleConfig, times: int) -> list[str]:
+    """Settings of a run that is so many times as long; the warm-up keeps its share of it."""
+    if times == 1:
+        return []
+    if schedule.rounds is not None:
+        return [f"schedule.rounds={times * schedule.rounds}"]
+    settings = [f"schedule.epochs={times * schedule.epochs}"]
+    if schedule.warmup_epochs is not None:
+        settings.append(f"schedule.warmup_epochs={times * schedule.warmup_epochs}")
+    return settings
 
 
 def _must_leave(overrides: Iterable[str], source: str) -> None:

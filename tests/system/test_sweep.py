@@ -109,6 +109,7 @@ def test_a_sweep_is_stopped_goes_on_and_leaves_a_failed_run_behind(configs: Path
         ({"rows": []}, r"key rows is \[\]"),
         ({"shares": []}, r"key shares is \[\]"),
         ({"rows": [{"row": "a", "config": "cps.yaml", "seeds": []}]}, r"key rows.0.seeds is \[\]"),
+        ({"rows": [{"row": "a", "config": "cps.yaml", "times": 0}]}, "key rows.0.times is 0"),
         ({"name": "a/b"}, "key name is 'a/b'"),
         ({"rows": [{"row": "a", "config": "none.yaml"}]}, "row 'a': .*none.yaml: cannot read this configuration"),
         ({"set": {"method.name": "cpss"}}, "row 'U-Net': key method.name: unknown method 'cpss'; did you mean 'cps'"),
@@ -140,6 +141,20 @@ def test_rows_win_over_the_sweep_and_the_command_line_over_both(configs: Path) -
     assert first.tracking.tags == {"sweep": "table", "row": "a"}
     assert load_sweep(sweep, ["schedule.rounds=7"]).runs[0].config.schedule.rounds == 7
     assert len(load_sweep(sweep).runs) == 4
+
+
+def test_a_row_can_be_some_times_as_long_as_all_that_says(configs: Path) -> None:
+    rows = [{"row": "a", "config": "cps.yaml"}, {"row": "b", "config": "cps.yaml", "times": 11}]
+
+    def lengths(keys: dict[str, Any], *overrides: str) -> list[tuple[int | None, int, int | None]]:
+        runs = load_sweep(write(configs, rows=rows, shares=["1/4"], set=keys), overrides).runs
+        return [(s.rounds, s.epochs, s.warmup_epochs) for s in (run.config.schedule for run in runs)]
+
+    assert lengths({"schedule.rounds": 9}) == [(9, 100, None), (99, 100, None)]
+    assert lengths({"schedule.rounds": 9}, "schedule.rounds=7") == [(7, 100, None), (77, 100, None)]
+    epochs = {"schedule.rounds": None, "schedule.epochs": 20}
+    assert lengths(epochs) == [(None, 20, None), (None, 220, None)]
+    assert lengths(epochs | {"schedule.warmup_epochs": 2}) == [(None, 20, 2), (None, 220, 22)]
 
 
 def test_the_first_seeds_table_is_whole_before_the_next_begins(configs: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from dctc.methods import Batch, Method, OptionError, build_method
 from dctc.methods.base import Length
 from dctc.networks import NetworkSpec
 from tests.golden.rounds import ADAM, CLASSES, IGNORE, SGD, batches, built, by_term, run_round, updater, weights
+from tests.tiny import ROOT
 
 EXACT = torch.float64
 ROUNDS = 8
@@ -79,12 +81,21 @@ def softmax(z: Tensor) -> Numbers:
 
 
 def loss(z: Tensor, y: Tensor, sharp: float, weight_of: Numbers, count: float) -> Tensor:
-    """Weighted cross-entropy of the prediction to the power 1/T, summed over y's pixels, by ``count``."""
+    """Weighted cross-entropy of the prediction to the power 1/T, summed over y's pixels, by ``count``. A soft y is 0 in
+    all classes where it is ignored, and weighs what its classes weigh in the mean."""
     p = torch.softmax(z, 1) ** (1 / sharp)
     p = p / p.sum(1, keepdim=True)
+    if y.is_floating_point():
+        weights = (y * torch.from_numpy(weight_of)[:, None, None]).sum(1, keepdim=True)
+        return -(weights * y * p.log()).sum() / count
     chosen = p.gather(1, y.where(y != IGNORE, 0)[:, None])[:, 0]
     weights = torch.from_numpy(weight_of)[y.where(y != IGNORE, 0)]
     return -(weights * chosen.log() * (y != IGNORE)).sum() / count
+
+
+def where(chosen: Tensor, first: Tensor, second: Tensor | int) -> Tensor:
+    """By pixels, of class maps [B,H,W] or of soft labels [B,K,H,W]."""
+    return torch.where(chosen[:, None] if first.is_floating_point() else chosen, first, second)
 
 
 @dataclass
@@ -94,6 +105,7 @@ class Truster:
     kind: str
     confidence: float
     drop: float
+    soft: bool = False
     means: dict[str, Numbers] = field(default_factory=lambda: {who: np.array(m) for who, m in MEANS.items()})
 
     def labels(self, who: str, z: Tensor, valid: Tensor, step: int) -> Tensor:
@@ -114,6 +126,8 @@ class Truster:
             ranked = np.sort(bins[seen])
             stay = math.ceil((1 - self.drop * (1 - step / ROUNDS)) * len(ranked) - 1e-9)
             sure = bins <= ranked[stay - 1]
+        if self.soft:
+            return torch.from_numpy(p * (seen & sure)[:, None])
         return torch.from_numpy(np.where(seen & sure, y, IGNORE))
 
 
@@ -140,8 +154,9 @@ class Loop:
             for name, net in self.nets.items()
         }
         self.truster = Truster(
-            options.get("threshold", "none"), options.get("confidence", 0.95), options.get("drop", 0.2)
-        )
+            options.get("threshold", "none"), options.get("confidence", 0.95), options.get("drop", 0.2),
+            options.get("pseudo_label") == "soft",
+        )  # fmt: skip
         self.counts = np.zeros(CLASSES)
 
     def said(self, x: Tensor) -> dict[str, Tensor]:
@@ -199,8 +214,8 @@ class Loop:
                     images.append((mixed, dropped))
                     for student, (term, y) in zip(nets, targets.items(), strict=True):
                         if student in students:
-                            there = torch.where(valid, y, IGNORE)
-                            there = torch.where(inside, there.flip(0), there)
+                            there = where(valid, y, torch.zeros_like(y) if y.is_floating_point() else IGNORE)
+                            there = where(inside, there.flip(0), there)
                             count = float(torch.where(inside, valid.flip(0), valid).sum())
                             sharp = 0.5 if self.o.get("sharpen", "both") == "both" else 1.0
                             factor = (
@@ -317,8 +332,17 @@ CASES: dict[str, dict[str, Any]] = {
     "pull": {"teacher_pull": 0.25, "attention": False, "phase2_start": 2},
     "pull with attention": {"teacher_pull": 0.25, "student_attention": True},
     "arbitration": {"arbitration": True},
+    "soft": {"pseudo_label": "soft", "sharpen": "none", "cutmix": True, "views": 1},
+    "soft with weights, without the most uncertain": {
+        "pseudo_label": "soft", "threshold": "entropy", "drop": 0.6, "class_balance": 0.5,
+    } | LABELS,
     "half turns": {"label_turns": 2},
     "quarter turns": {"label_turns": 4, "threshold": "entropy", "drop": 0.6},
+    "the preset": {
+        "cutmix": True, "label_turns": 4, "pseudo_label": "soft", "sharpen": "none", "teacher_pull": 0.02,
+        "attention": False, "update": "fused", "phase2_start": 0.1, "phase2_ramp": 0.2, "phase3_start": 0.2,
+        "phase3_ramp": 0.2,
+    } | LABELS,
     "all": {
         "views": 2, "cutmix": True, "feature_dropout": 0.25, "threshold": "adaptive", "class_balance": 0.5,
         "teacher_pull": 0.1, "attention": False, "arbitration": True, "update": "fused", "label_turns": 4,
@@ -334,6 +358,11 @@ def test_each_switch(name: str, sgd: bool) -> None:
     loop = Loop(method.parts, CASES[name], sgd)
     expected = [loop.round(step) for step in range(ROUNDS)]
     assert_same(engine_losses(method, spec=SGD if sgd else BLUNT), expected)
+
+
+def test_the_shipped_preset_is_one_of_them() -> None:
+    shipped = yaml.safe_load((ROOT / "configs" / "extended.yaml").read_text())["method"]
+    assert shipped == CASES["the preset"] | {"ensemble": True}
 
 
 def test_each_switch_makes_a_difference() -> None:

@@ -29,7 +29,7 @@ EXTENDED = (
 KINDS = {
     "": "",
     "-adaptive": f"{EXTENDED}method.threshold=adaptive",
-    "-entropy": f"{EXTENDED}method.threshold=entropy",
+    "-entropy": f"{EXTENDED}method.threshold=entropy method.pseudo_label=soft",
     "-sure": "method.confidence=0.2",  # or a net that has not learnt yet trusts nothing, and losses are 0
 }
 NETWORKS = ("attention_unet", "u2net_small")  # beside unet

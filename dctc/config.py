@@ -257,14 +257,6 @@ class Config(_Section):
         settings = {key: value for key, value in self.flat().items() if not key.startswith(_FREE)}
         return settings | {"data.order": self.data.resolved_order}  # `auto` would change with the dataset's place
 
-    def completed(self, written: Mapping[str, Any]) -> dict[str, Any]:
-        """The result settings that a run once wrote; keys that are newer than it at their defaults.
-
-        The default of a key that is added is what was done before, so that runs of earlier versions can go on.
-        """
-        default = Config(data=DataConfig(dataset=self.data.dataset), method=MethodConfig(name=self.method.name))
-        return default.result_settings() | dict(written)
-
 
 # Settings that leave the weights as they are (up to rounding, for the layout). The dataset is compared by its digest.
 _FREE = (

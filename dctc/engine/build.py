@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import nn
 
-from dctc.config import Config, MethodConfig, nearest
+from dctc.config import Config, DataConfig, MethodConfig, nearest
 from dctc.data.order import LABELLED, UNLABELLED, Layout
 from dctc.engine.checkpoint import Checkpoints, Progress, latest, read_progress
 from dctc.engine.faults import occupy
@@ -68,6 +69,15 @@ def resolve(config: Config) -> Config:
     return config.model_copy(update={"method": method})
 
 
+def completed(config: Config, written: Mapping[str, Any]) -> dict[str, Any]:
+    """The result settings that a run once wrote; keys and options that are newer than it at their defaults.
+
+    The default of one that is added is what was done before, so that runs of earlier versions can go on.
+    """
+    least = Config(data=DataConfig(dataset=config.data.dataset), method=MethodConfig(name=config.method.name))
+    return resolve(least).result_settings() | dict(written)
+
+
 def run_folder(config: Config, dataset: Dataset) -> Path:
     """Where the run lives."""
     experiment, name = _names(config, dataset)
@@ -95,7 +105,7 @@ def locate(config: Config, dataset: Dataset, parallel: Parallel) -> Run:
     progress = Progress(dataset=dataset.digest, settings=config.result_settings())
     if source is not None:
         progress = read_progress(source)
-        progress = replace(progress, settings=config.completed(progress.settings))
+        progress = replace(progress, settings=completed(config, progress.settings))
         progress.must_match(dataset.digest, config.result_settings(), source)
     return Run(experiment, name, folder, progress, source)
 

@@ -17,6 +17,7 @@ import psutil
 import yaml
 
 from dctc.config import load_config
+from dctc.engine.build import resolve
 from dctc.engine.faults import LAUNCHER
 from dctc.engine.preempt import EXIT_PREEMPTED, SIGNALS
 from dctc.sweep.plan import PlannedRun, Sweep
@@ -185,7 +186,7 @@ def is_done(run: PlannedRun) -> bool:
     if report is None or report.get("dataset") != run.dataset:
         return False
     try:
-        written = load_config(settings).result_settings()
+        written = resolve(load_config(settings)).result_settings()  # options that are newer at their defaults
         known = yaml.safe_load(settings.read_text())["precision"]["dtype"]  # `auto` was settled on the device
     except (InputError, KeyError):  # of another version
         return False

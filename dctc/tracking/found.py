@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dctc.tracking.remote import load_mlflow, shown
+from dctc.tracking.remote import flatten, load_mlflow, shown
 from shards.errors import InputError
 
 if TYPE_CHECKING:
@@ -101,9 +102,31 @@ def find_runs(uri: str, experiment: str | None = None, sweep: str | None = None)
         runs = [run for run in runs if run.tags.get("sweep") == sweep]
         if not runs:
             raise InputError(f"experiment {wanted!r} has no sweep {sweep!r}; it has {', '.join(sweeps) or 'none'}")
-    runs.sort(key=lambda run: run.started)
+    runs = sorted(_completed(runs), key=lambda run: run.started)
     finished = tuple(run for run in runs if run.status == "FINISHED")
     return Found(uri, wanted, finished, tuple(run for run in runs if run.status != "FINISHED"))
+
+
+def _completed(runs: Sequence[FoundRun]) -> list[FoundRun]:
+    """The runs, with the options of their methods that are newer than they are at their defaults, as it was then."""
+    options: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        options[run.params.get("method.name", "")].update(key for key in run.params if key.startswith("method."))
+    lacking = {
+        name for run in runs if (name := run.params.get("method.name", "")) and not options[name] <= run.params.keys()
+    }
+    defaults = {name: _defaults(name) for name in lacking}
+    return [replace(run, params={**defaults.get(run.params.get("method.name", ""), {}), **run.params}) for run in runs]
+
+
+def _defaults(method: str) -> dict[str, str]:
+    """Of its options, as parameters; none where this version has no such method."""
+    from dctc.methods import OptionError, parse_options  # torch with it, for runs of several versions alone
+
+    try:
+        return flatten({"method": asdict(parse_options(method, {}))})
+    except OptionError:
+        return {}
 
 
 def open_client(uri: str) -> MlflowClient:

@@ -88,6 +88,19 @@ def test_runs_of_different_settings_are_rows_of_their_own(store: Store) -> None:
     )
 
 
+def test_options_that_are_newer_than_a_run_are_at_their_defaults(store: Store) -> None:
+    """Else a seed of an earlier version would be a row of its own, or be averaged with what it is not."""
+    now = {"method.name": "dctc", "method.label_turns": "1", "method.sharpen": "both"}
+    store.add("dctc", "1/2", 0, params={"method.name": "dctc", "method.sharpen": "both"}, s1=0.4)
+    store.add("dctc", "1/2", 1, params=now, s1=0.6)
+    (table,) = compare(store.uri, store.name)
+    assert table.cells["dctc", "s1", "1/2"].scores == (0.4, 0.6)
+    store.add("dctc", "1/2", 2, params=now | {"method.label_turns": "4"}, s1=0.8)
+    (table,) = compare(store.uri, store.name)
+    assert {row for row, _ in table.rows} == {f"dctc [method.label_turns={turns}]" for turns in (1, 4)}
+    assert table.cells["dctc [method.label_turns=1]", "s1", "1/2"].scores == (0.4, 0.6)
+
+
 def test_shares_may_differ_between_columns_and_rows_in_their_settings(store: Store) -> None:
     store.add("dctc", "1/2", 0, params={"data.labelled_share": "1/2", "method.sharpen": "both"}, s1=0.5)
     store.add("dctc", "1/4", 0, params={"data.labelled_share": "1/4", "method.sharpen": "both"}, s1=0.4)

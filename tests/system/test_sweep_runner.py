@@ -214,6 +214,16 @@ def test_what_is_finished_is_known_by_dataset_settings_and_test(make: Make) -> N
     assert not is_done(run)
     finish(run)
     assert is_done(run)
+    settings = run.folder / "config.yaml"
+    written = settings.read_text()
+    assert "\n  cutmix: false\n" in written
+    earlier = yaml.safe_load(written)
+    del earlier["method"]["cutmix"], earlier["data"]["cutmix"]
+    settings.write_text(yaml.safe_dump(earlier))
+    assert is_done(run), "by a version that had not these keys"
+    settings.write_text(yaml.safe_dump(earlier | {"method": earlier["method"] | {"cutmix": True}}))
+    assert not is_done(run)
+    settings.write_text(written)
     assert not is_done(replace(run, dataset="another")), "packed anew in the same folder"
     assert not is_done(replace(run, config=other_rounds(run.config)))
     (run.folder / "report.json").write_text(json.dumps({"dataset": run.dataset, "tested": False}))

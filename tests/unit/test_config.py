@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from dctc.config import COMMAND_LINE, Config, load_config, nearest, parse_override
+from dctc.engine.build import completed, resolve
 from dctc.methods import OptionError, method_names, parse_options
 from dctc.networks import network_names
 from shards.errors import InputError
@@ -325,13 +326,23 @@ def test_tags_are_strings_of_any_name_and_leave_the_weights_alone(folder: Path) 
 @pytest.mark.parametrize("key", sorted({*DECIDING} - {"method.name"}))
 def test_a_run_from_before_a_key_goes_on_with_its_default_alone(folder: Path, key: str) -> None:
     path = write(folder, LEAST)
-    config = load_config(path)
+    config = resolve(load_config(path))
     before = {k: v for k, v in config.result_settings().items() if k != key}
-    assert config.completed(before) == config.result_settings()
+    assert completed(config, before) == config.result_settings()
     value = yaml.safe_dump(DECIDING[key], default_flow_style=True).removesuffix("...").strip()
-    other = load_config(path, [f"{key}={value}"])
-    assert other.completed(before) != other.result_settings()
-    assert config.completed({**before, "gone": 1})["gone"] == 1, "a key that is no more is still a difference"
+    other = resolve(load_config(path, [f"{key}={value}"]))
+    assert completed(other, before) != other.result_settings()
+    assert completed(config, {**before, "gone": 1})["gone"] == 1, "a key that is no more is still a difference"
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_a_run_from_before_an_option_of_its_method_goes_on(folder: Path, method: str) -> None:
+    config = resolve(load_config(write(folder, LEAST), [f"method={{name: {method}}}"]))
+    now = config.result_settings()
+    options = [key for key in now if key.startswith("method.") and key != "method.name"]
+    assert options
+    for key in options:
+        assert completed(config, {k: v for k, v in now.items() if k != key}) == now
 
 
 # ---- what is shipped

@@ -114,5 +114,5 @@ def evaluate(
         return
     show_evaluation(record, bundle.headline)
     if whole is not None:
-        show_scenes(record["scenes"])
+        show_scenes(record["scenes"], tta)
     out.print(f"tables and confusion matrices in {destination}", markup=False)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from shards.manifest import Dataset
 
 SAY_EVERY_S = 10.0
+EIGHT_VIEWS = ", mean of eight views"
 
 out = Console(soft_wrap=True, highlight=False)
 
@@ -80,7 +81,7 @@ def show_evaluation(record: dict[str, Any], headline: str) -> None:
         *kinds.values(),
         "ECE",
         "entropy",
-        title=f"{record['tiles']} tiles{', mean of eight views' if record['tta'] else ''}, in %",
+        title=f"{record['tiles']} tiles{EIGHT_VIEWS if record['tta'] else ''}, in %",
     )
     for name, scores in nets.items():
         values = [*(scores.get(key) for key in kinds), record["nets"][name]["ece"]]
@@ -99,11 +100,12 @@ def show_evaluation(record: dict[str, Any], headline: str) -> None:
     out.print(f"{agreement}{speed}, peak memory {record['peak_memory_gib']:.2f} GiB", markup=False)
 
 
-def show_scenes(record: dict[str, Any]) -> None:
+def show_scenes(record: dict[str, Any], tta: bool) -> None:
     """Scores of each predicted scene and of all; ``record`` is that of ``SceneScores.as_record``."""
+    views = EIGHT_VIEWS if tta else ""
     kinds = {"miou": "mIoU", "pa": "PA", "f1": "F1", "kappa": "kappa"}
     titles = [f"{title}{note}" for note in ("", " eroded") for title in kinds.values()]
-    table = Table("scene", *titles, title=f"whole scenes, net {record['net']}, in %")
+    table = Table("scene", *titles, title=f"whole scenes, net {record['net']}{views}, in %")
     for name, parts in [*record["scenes"].items(), ("total", record["total"])]:
         scores = [parts[part] or {} for part in ("all", "eroded")]
         values = [score.get(kind) for score in scores for kind in kinds]

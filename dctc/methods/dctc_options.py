@@ -30,7 +30,7 @@ class Options:
     Attributes:
         labels_in_phase3: phase 3 has the labelled tiles too.
         views: strong views of an unlabelled tile that the students learn on, 1 or 2; 0 is the tile as it is. Labels are
-            always those of the tile as it is.
+            never of a strong view.
         cutmix: mix what the students learn on with another tile inside boxes, its labels likewise.
         feature_dropout: the students also learn on the tile as it is, with this share of the encoder's channels
             dropped, at half of the weight (UniMatch).

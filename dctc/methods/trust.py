@@ -1,4 +1,4 @@
-"""Which pseudo labels are trusted, what a class weighs, and features that are dropped: parts of the extended preset.
+"""Which pseudo labels are trusted, what a class weighs, and features that are dropped.
 
 A pixel that is not trusted is ignored in the sum of its loss but counts in the number it is divided by, as in FixMatch:
 labels that are doubted altogether move little.

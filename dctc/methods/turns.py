@@ -17,10 +17,12 @@ def average_views(
 
     Over all eight views the result turns and mirrors exactly as the images do, whatever ``function`` is.
     """
+    wide = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    order = torch.channels_last if wide else torch.contiguous_format  # a turn alone has neither
     total: Tensor | None = None
     for turns, flip in views:
         turned = torch.rot90(images, turns, (2, 3))
-        seen = function(turned.flip(3) if flip else turned)
+        seen = function((turned.flip(3) if flip else turned).contiguous(memory_format=order))
         back = torch.rot90(seen.flip(3) if flip else seen, -turns, (2, 3))
         total = back if total is None else total + back
     if total is None:

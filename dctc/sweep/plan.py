@@ -7,7 +7,7 @@
     rows:
       - {row: U-Net, config: unet.yaml, shares: [1]}
       - {row: no sharpening, config: dctc.yaml, set: {method.sharpen: none}}
-      - {row: "U-Net, longer", config: unet.yaml, times: 4}  # as long as that, whatever the command line says of rounds
+      - {row: "U-Net, longer", config: unet.yaml, times: 4}  # than settings and command line say
 
 A config's path is relative to the sweep file. What stands in a row wins over what stands above the rows.
 """

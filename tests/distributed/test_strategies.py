@@ -29,7 +29,10 @@ EXTENDED = (
 KINDS = {
     "": "",
     "-adaptive": f"{EXTENDED}method.threshold=adaptive",
-    "-entropy": f"{EXTENDED}method.threshold=entropy method.pseudo_label=soft",
+    "-entropy": f"{EXTENDED}method.threshold=entropy",
+    "-preset": "method.labels_for_students=true method.labels_in_phase3=true method.cutmix=true method.label_turns=4 "
+    "method.pseudo_label=soft method.sharpen=none method.teacher_pull=0.02 method.attention=false method.update=fused",
+    "-turns": "method.label_turns=2",
     "-sure": "method.confidence=0.2",  # or a net that has not learnt yet trusts nothing, and losses are 0
 }
 NETWORKS = ("attention_unet", "u2net_small")  # beside unet
@@ -70,9 +73,9 @@ CASES = [Case("dctc", *values) for values in itertools.product(OPTIMIZERS, (None
 CASES += [Case(method, *values) for method in METHODS for values in (("sgd", 0.5, 4), ("adamw", None, 1))]
 # CutMix pairs the tiles of a micro-batch, so each needs two.
 CASES += [Case("unimatch", "sgd", 0.5, 2, kind="-sure"), Case("unimatch", "adamw", None, 1, kind="-sure")]
-CASES += [Case("dctc", "sgd", 0.5, 2, kind=kind) for kind in ("-adaptive", "-entropy")]
+CASES += [Case("dctc", "sgd", 0.5, 2, kind=kind) for kind in ("-adaptive", "-entropy", "-preset")]
 NETWORK_CASES = [Case("supervised", "sgd", 0.5, 1, network=network) for network in NETWORKS]
-NETWORK_CASES += [Case("dctc", "sgd", 0.5, 4, network="u2net_small")]
+NETWORK_CASES += [Case("dctc", "sgd", 0.5, 4, network="u2net_small", kind="-turns")]
 
 
 class Runs:

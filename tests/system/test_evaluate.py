@@ -74,9 +74,9 @@ def test_averaged_over_eight_views(tested: Path, tiny_dataset: Path, tmp_path: P
         assert abs(ours - matrix).sum() <= 4, "but for a tie or two of float32"
     plain = json.loads((tested / "report.json").read_text())["test"]["nets"]["s1"]["scores"]["matrix"]
     assert found["nets"]["s1"]["scores"]["matrix"] != plain
-    (image,) = sorted(scenes.rglob(f"top_potsdam_{next(iter(found['scenes']['scenes']))}_RGB.tif"))
-    run("dctc", "predict", model, image, "--tta", "--out", tmp_path / "maps")
-    file = f"{image.stem}_classes.tif"
+    (scene,) = sorted(scenes.rglob(f"top_potsdam_{next(iter(found['scenes']['scenes']))}_RGB.tif"))
+    run("dctc", "predict", model, scene, "--tta", "--out", tmp_path / "maps")
+    file = f"{scene.stem}_classes.tif"
     with rasterio.open(tmp_path / "maps" / file) as one, rasterio.open(out / "maps" / file) as other:
         assert (one.read() == other.read()).all()
     run("dctc", "evaluate", model, tiny_dataset, "--tta")

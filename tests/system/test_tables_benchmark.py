@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kept import keep, restore
+from benchmarks.tables import STUDIES, Place
 from tests.tiny import ROOT, run
 
 SMALL = ["network.width=4", "schedule.rounds=1", "data.batch_labelled=2", "data.batch_unlabelled=2"]
@@ -45,6 +46,16 @@ def test_a_mistyped_option_is_no_silent_one(tmp_path: Path) -> None:
     done = tables("synthetic", "--work", tmp_path, "--sweeps", "table9")
     assert done.returncode == 2
     assert "study paper has no sweep table9: table1, table3" in done.stderr
+
+
+def test_another_length_is_filed_apart(tmp_path: Path) -> None:
+    usual = Place("synthetic", None, STUDIES["labels"], tmp_path)
+    longer = Place("synthetic", None, STUDIES["labels"], tmp_path, 50)
+    others = [text for text in usual.settings if not text.startswith("schedule.rounds=")]
+    assert (usual.settings, longer.settings) == (list(STUDIES["labels"].settings), [*others, "schedule.rounds=50"])
+    assert (usual.results, longer.results) == ("labels_synthetic", "labels_synthetic_50")
+    assert (usual.folder.name, longer.folder.name) == ("synthetic-scene", "synthetic-scene-50")
+    assert usual.dataset == longer.dataset
 
 
 def test_what_is_kept_of_runs(tmp_path: Path) -> None:

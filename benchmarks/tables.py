@@ -7,15 +7,14 @@
 
 `--study paper` (the default) is the paper's tables 1 to 3: all methods, shares 1/8, 1/4, 1/2 and 1, two seeds; width 8,
 equal rounds, 4 + 4 tiles of 128 px. `--study labels` is the sweeps `extended` and `ablation` (docs/fewer_labels.md):
-width 16, tiles of 64 px, long enough that the U-Net gains from labels; `--rounds N` is the study at another length,
-filed apart. FOLDER holds the scenes of the Dubai dataset
-("Tile 1", "Tile 2", ...); without it that half says that it is skipped. DIR keeps scenes, datasets and runs: the same
-command goes on, and what is finished is not run again. `--compare` writes the tables of what is there, `--sweeps` runs
-some of a study's, further words (`--seed 0 --share 1/8 --row U-Net`) a part of each sweep, as for `dctc sweep`.
-`--test` rotates Dubai's test tile; the other tiles train, each but for its part 009, which validates. `--keep
-FILE.tar.xz` writes the finished runs' reports and curves (not their weights) into an archive, and takes up that archive
-where DIR is new: a study may take several days and machines. The peers are the rows; the limit is the U-Net that has
-all labels.
+width 16, tiles of 64 px, long enough that the U-Net gains from labels. `--rounds N` is a study at another length, filed
+apart. FOLDER holds the scenes of the Dubai dataset ("Tile 1", "Tile 2", ...); without it that half says that it is
+skipped. DIR keeps scenes, datasets and runs: the same command goes on, and what is finished is not run again.
+`--compare` writes the tables of what is there, `--sweeps` runs some of a study's, further words (`--seed 0 --share 1/8
+--row U-Net`) a part of each sweep, as for `dctc sweep`. `--test` rotates Dubai's test tile; the other tiles train, each
+but for its part 009, which validates. `--keep FILE.tar.xz` writes the finished runs' reports and curves (not their
+weights) into an archive, and takes up that archive where DIR is new: a study may take several days and machines. The
+peers are the rows; the limit is the U-Net that has all labels.
 """
 
 from __future__ import annotations

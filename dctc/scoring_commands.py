@@ -95,9 +95,8 @@ def evaluate(
     if scenes:
         from dctc.whole_scenes.score import ScenesToScore
 
-        whole = ScenesToScore.of(
-            bundle, dataset, split, root or Path(), net, tta
-        )  # what cannot be scored is said at once
+        # what cannot be scored is said at once
+        whole = ScenesToScore.of(bundle, dataset, split, root or Path(), net, tta)
     evaluation = evaluate_model(bundle, dataset, split, batch, tta=tta)
     destination = report or beside_model(model) / f"evaluation-{split}{'-tta' if tta else ''}"
     write_evaluation(destination, evaluation, split)

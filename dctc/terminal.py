@@ -76,13 +76,8 @@ def show_evaluation(record: dict[str, Any], headline: str) -> None:
     nets = {name: net["scores"] for name, net in record["nets"].items()}
     kinds = {"miou": "mIoU", "pa": "PA", "mpa": "MPA", "f1": "F1", "kappa": "kappa"}
     kinds |= {key: key.replace("_", " ").replace("miou", "mIoU") for key in nets[headline] if "miou_without" in key}
-    means = Table(
-        "net",
-        *kinds.values(),
-        "ECE",
-        "entropy",
-        title=f"{record['tiles']} tiles{EIGHT_VIEWS if record['tta'] else ''}, in %",
-    )
+    views = EIGHT_VIEWS if record["tta"] else ""
+    means = Table("net", *kinds.values(), "ECE", "entropy", title=f"{record['tiles']} tiles{views}, in %")
     for name, scores in nets.items():
         values = [*(scores.get(key) for key in kinds), record["nets"][name]["ece"]]
         cells = ["-" if value is None else f"{100 * value:.1f}" for value in values]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from dctc.bundle import Bundle
 from dctc.data.loaders import Normaliser, evaluation_batches
@@ -39,7 +37,7 @@ def evaluate_model(
     normaliser = Normaliser.from_values(bundle.description.mean, bundle.description.std, bundle.device)
     with inference(*bundle.method.parts.values()):
         evaluation = evaluate_tiles(
-            partial(averaged_logits, bundle.method.logits) if tta else bundle.method.logits,
+            partial(mean_over_views, bundle.method.logits) if tta else bundle.method.logits,
             evaluation_batches(dataset, rows, batch, Layout(), normaliser, workers),
             dataset.manifest.class_names,
             bundle.device,
@@ -49,19 +47,6 @@ def evaluate_model(
     if evaluation.nets[bundle.headline].scores is None:
         raise InputError(f"{dataset.location}: its {split} split has no labelled pixel to score on")
     return evaluation
-
-
-def averaged_logits(logits: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor) -> dict[str, Tensor]:
-    """By net, the log of the mean probability over the eight flips and quarter turns of ``images`` [B,C,H,H]."""
-    names: list[str] = []
-
-    def of_nets(shown: Tensor) -> list[Tensor]:
-        found = logits(shown)
-        names[:] = found
-        return list(found.values())
-
-    means = mean_over_views(of_nets, images)
-    return dict(zip(names, means, strict=True))
 
 
 def check_fit(bundle: Bundle, dataset: Dataset, *, classes: bool = True) -> None:

@@ -47,6 +47,7 @@ class DCTC(Method):
         self.classes = spec.classes
         self.temperature = options.temperature
         self.cycle = 3 if options.round == "epoch" else 1
+        self.turns = TURNS[options.label_turns]
         self.trust = Trust(options.threshold, options.confidence, options.drop, options.pseudo_label == "soft")
         self.unlabelled_needs = Needs(
             options.views, boxes=Boxes() if options.cutmix else None, keys=options.feature_dropout > 0
@@ -85,14 +86,17 @@ class DCTC(Method):
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:
         """Logits of ``s1``, ``s2``, ``teacher`` and ``mean`` (log of the mean of both students' probabilities)."""
-        s1, s2 = self._students(images)
-        nets = {"s1": s1, "s2": s2, "mean": mean_prediction(s1, s2), "teacher": self.parts["teacher"](images)}
+        nets = self._students(images)
+        s1, s2 = nets.values()
+        nets |= {"mean": mean_prediction(s1, s2)} | self._teacher(images)
         return nets | {"ensemble": mean_prediction(s1, s2, nets["teacher"])} if self.options.ensemble else nets
 
-    def _students(self, images: Tensor) -> list[Tensor]:
-        """Logits of S1 and of S2."""
+    def _teacher(self, images: Tensor) -> dict[str, Tensor]:
+        return {"teacher": self.parts["teacher"](images)}
+
+    def _students(self, images: Tensor) -> dict[str, Tensor]:
         features = self.parts["encoder"](images)
-        return [self.parts[student](features, images.shape[-2:]) for student in STUDENTS]
+        return {student: self.parts[student](features, images.shape[-2:]) for student in STUDENTS}
 
     def _teacher_update(self, labelled: Sequence[Batch], labels: Sequence[Tensor], weights: Tensor | None) -> Update:
         def sums(micro: int) -> Tensor:
@@ -143,23 +147,16 @@ class DCTC(Method):
 
     def _label_by_teacher(self, batches: Sequence[Batch], step: int) -> Generator[Total, Any, list[Tensor]]:
         with inference(self.parts["teacher"]):
-            logits = [
-                mean_over_views(lambda x: [self.parts["teacher"](x)], batch.images, TURNS[self.options.label_turns])[0]
-                for batch in batches
-            ]
+            logits = [mean_over_views(self._teacher, batch.images, self.turns)["teacher"] for batch in batches]
         return (yield from self._trusted("teacher", logits, batches, step))
 
     def _label_by_students(
         self, batches: Sequence[Batch], step: int
     ) -> Generator[Total, Any, tuple[list[Tensor], list[Tensor]]]:
         """What S1 and what S2 says of each micro-batch; the same where they arbitrate."""
-        said: tuple[list[Tensor], list[Tensor]] = ([], [])
         with inference(*(self.parts[name] for name in ("encoder", *STUDENTS))):
-            for batch in batches:
-                for logits, of in zip(
-                    said, mean_over_views(self._students, batch.images, TURNS[self.options.label_turns]), strict=True
-                ):
-                    logits.append(of)
+            shown = [mean_over_views(self._students, batch.images, self.turns) for batch in batches]
+        said = [[nets[student] for nets in shown] for student in STUDENTS]
         if self.options.arbitration:
             both = yield from self._trusted(
                 "students", [surer(*pair) for pair in zip(*said, strict=True)], batches, step

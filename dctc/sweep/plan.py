@@ -241,13 +241,14 @@ def _runs(plan: SweepFile, row: Row, path: Path, overrides: Sequence[str], known
     here = ("set", settings)
     _must_leave(settings, "set")
     shares = row.shares or plan.shares or [load_config(file, overrides, [here]).data.labelled_share]
+    longer = _longer(load_config(file, overrides, [here]).schedule, row.times) if row.times > 1 else []
     for share in shares:
         for seed in row.seeds or plan.seeds:
             label = re.sub(r"[^\w+.-]+", "-", row.row).strip("-").lower()
             name = f"{plan.name}-{label}-{share}-s{seed}"
             own = [f"data.labelled_share={share}", f"run.seed={seed}", f"run.name={json.dumps(name)}"]
             own.append(f"tracking.tags={json.dumps({'sweep': plan.name, 'row': row.row})}")
-            own += _longer(load_config(file, overrides, [here]).schedule, row.times)
+            own += longer
             config = resolve(load_config(file, [*overrides, *own], [here]))
             dataset = known.dataset(config)
             _must_have(dataset, config)
@@ -262,8 +263,6 @@ def _runs(plan: SweepFile, row: Row, path: Path, overrides: Sequence[str], known
 
 def _longer(schedule: ScheduleConfig, times: int) -> list[str]:
     """Settings of a run that is so many times as long; the warm-up keeps its share of it."""
-    if times == 1:
-        return []
     if schedule.rounds is not None:
         return [f"schedule.rounds={times * schedule.rounds}"]
     settings = [f"schedule.epochs={times * schedule.epochs}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -315,6 +316,13 @@ def main() -> None:
         app()
     except InputError as error:
         print(f"error: {error.message}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: {error.filename or 'a file'}: no space is left there: make room, and run it again", file=sys.stderr
+        )
         sys.exit(2)
 
 

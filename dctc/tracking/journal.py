@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -90,10 +91,20 @@ def _lines_until(path: Path, step: int) -> Iterator[bytes]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by a file of these bytes; a reader sees the old file or the whole new one."""
+    """Replace ``path`` by a file of these bytes; a reader sees the old file or the whole new one.
+
+    Raises:
+        OSError: as of the system, naming a file; nothing is left behind.
+    """
     partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        error.filename = error.filename or str(path)  # a write that fails names none
+        raise

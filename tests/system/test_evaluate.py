@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from dctc.bundle import Bundle
 from dctc.data.tiles import TileDataset
 from shards.index import Index
 from shards.manifest import Dataset
+from tests.data.test_faults import small_disk
 from tests.tiny import run, write_config
 
 
@@ -81,6 +83,19 @@ def test_averaged_over_eight_views(tested: Path, tiny_dataset: Path, tmp_path: P
         assert (one.read() == other.read()).all()
     run("dctc", "evaluate", model, tiny_dataset, "--tta")
     assert (tested / "evaluation-test-tta" / "test-s1.csv").exists()
+
+
+def test_a_full_disk_is_one_message_and_leaves_no_half_file(tested: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 16):
+        out = tmp_path / "disk" / "scores"
+        done = run("dctc", "evaluate", tested / "model.safetensors", tiny_dataset, "--out", out, check=False)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert re.search(
+            rf"^error: {re.escape(str(out))}/test-\S+: no space is left there: make room", done.stderr, re.MULTILINE
+        )
+        assert (out / "test-s1.csv").exists(), "the first fits"
+        assert not list(out.glob("*.tmp"))
 
 
 def test_the_run_leaves_what_it_promises(tested: Path) -> None:

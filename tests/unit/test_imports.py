@@ -18,7 +18,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": {"networks"},
     "data": set(),
     "bundle": {"methods", "networks"},
-    "evaluation": {"bundle", "data", "methods", "tracking.figures"},  # pictures; the rest of tracking knows MLflow
+    # Pictures, and whole files; the rest of tracking knows MLflow.
+    "evaluation": {"bundle", "data", "methods", "tracking.figures", "tracking.journal"},
     "mapping": {"bundle", "methods"},
     "whole_scenes": {"bundle", "evaluation", "mapping", "tracking.figures"},
     "suggest": {"bundle", "data", "evaluation", "methods"},

@@ -3,23 +3,26 @@
     python benchmarks/tables.py synthetic --work DIR [--jobs 2] [--out benchmarks/results]
     python benchmarks/tables.py dubai --data FOLDER --work DIR [--jobs 2] [--out benchmarks/results]
     python benchmarks/tables.py synthetic --study labels --work DIR
-    python benchmarks/tables.py dubai --study labels --test 5 --data FOLDER --work DIR
+    python benchmarks/tables.py dubai --study labels --test all --data FOLDER --work DIR
 
 `--study paper` (the default) is the paper's tables 1 to 3: all methods, shares 1/8, 1/4, 1/2 and 1, two seeds; width 8,
 equal rounds, 4 + 4 tiles of 128 px. `--study labels` is the sweeps `extended` and `ablation` (docs/fewer_labels.md):
-width 16, tiles of 64 px, long enough that the U-Net gains from labels. `--rounds N` is a study at another length, filed
-apart. FOLDER holds the scenes of the Dubai dataset ("Tile 1", "Tile 2", ...); without it that half says that it is
-skipped. DIR keeps scenes, datasets and runs: the same command goes on, and what is finished is not run again.
+width 16, tiles of 64 px, long enough that the U-Net gains from labels. Of Dubai's labels it draws whole images, as
+people label them: single tiles all over the place leave the U-Net little to gain. `--rounds N` is a study at another
+length, filed apart. FOLDER holds the scenes of the Dubai dataset ("Tile 1", "Tile 2", ...); without it that half says
+that it is skipped. DIR keeps scenes, datasets and runs: the same command goes on, what is finished is not run again.
 `--compare` writes the tables of what is there, `--sweeps` runs some of a study's, further words (`--seed 0 --share 1/8
 --row U-Net`) a part of each sweep, as for `dctc sweep`. `--test` rotates Dubai's test tile; the other tiles train, each
-but for its part 009, which validates. `--keep FILE.tar.xz` writes the finished runs' reports and curves (not their
-weights) into an archive, and takes up that archive where DIR is new: a study may take several days and machines. The
-peers are the rows; the limit is the U-Net that has all labels.
+but for its part 009, which validates. `--test all` works through the tiles, then shows them in one table. `--keep
+FILE.tar.xz` writes the finished runs' reports and curves (not their weights) into an archive, and takes up that archive
+where DIR is new: a study may take several days and machines. The peers are the rows; the limit is the U-Net with all
+labels.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -41,7 +44,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DCTC = Path(sys.executable).parent / "dctc"
 STOPPED = 75
 DUBAI, USUAL_TEST = (1, 2, 5, 6, 8), 8  # tiles at hand, and the recipe's test
-DUBAI_TILE = 128  # pixels
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Study:
         stem: begins the names of the files of results.
         suffix: ends the folders of its scenes and dataset.
         scenes: of the synthetic towns: how many, and their side in pixels.
+        tile: side in pixels.
+        by: what is drawn for a labelled share of Dubai.
         settings: of all runs.
         tables: the sweep of which runs, and in which layout.
     """
@@ -61,6 +65,7 @@ class Study:
     suffix: str
     scenes: tuple[int, int]
     tile: int
+    by: str
     settings: tuple[str, ...]
     tables: tuple[tuple[str, int], ...]
 
@@ -73,12 +78,12 @@ class Study:
 BATCHES = ("data.batch_labelled=4", "data.batch_unlabelled=4", "run.checkpoint_every=0")
 STUDIES = {
     "paper": Study(
-        "Tables 1 to 3, reduced", "tables", "", (12, 512), 128,
+        "Tables 1 to 3, reduced", "tables", "", (12, 512), 128, "tile",
         ("network.width=8", "schedule.rounds=600", *BATCHES, "run.pictures_every=600", "evaluation.every=200"),
         (("table1", 1), ("table1", 2), ("table3", 3)),
     ),
     "labels": Study(
-        "Fewer labels", "labels", "-64", (64, 256), 64,
+        "Fewer labels", "labels", "-64", (64, 256), 64, "scene",
         ("network.width=16", "schedule.rounds=4000", *BATCHES, "run.pictures_every=0", "evaluation.every=1000"),
         (("extended", 1), ("extended", 2), ("ablation", 1)),
     ),
@@ -144,6 +149,17 @@ class Place:
         parts = {"test": f"t{self.test}_*", "val": f"t[{others}]_p009", "train": f"t[{others}]_*"}
         return [f'splits.scene.{kind}=["{pattern}"]' for kind, pattern in parts.items()]
 
+    def part(self, table: str, layout: int) -> str:
+        """Ends the name of the file of a table's cells."""
+        return str(layout) if self.study.stem == "tables" else f"{table}_{layout}"
+
+    def command(self, called: str, test: object) -> str:
+        """As a study, with this test tile where there is one, is typed."""
+        turned = f" --test {test}" if test else ""
+        data = f"{turned} --data FOLDER" if self.name == "dubai" else ""
+        data += "" if self.rounds is None else f" --rounds {self.rounds}"
+        return f"python benchmarks/tables.py {self.name} --study {called} --work DIR{data}"
+
     def runs(self, *tables: str) -> list[Path]:
         """The reports of finished runs of these sweeps, or of all."""
         return [path for table in tables or self.study.sweeps for path in self.folder.glob(f"{table}-*/report.json")]
@@ -168,29 +184,45 @@ def main() -> int:
     if name == "dubai" and wanted.data is None and not wanted.compare:
         print("dubai: SKIPPED, its scenes are not at hand: give their folder as --data", file=sys.stderr)
         return 0
-    code = 0
-    place = Place(name, wanted.test if name == "dubai" else None, study, work, wanted.rounds)
+    tests = (None,) if name == "synthetic" else DUBAI if wanted.test == "all" else (int(wanted.test),)
+    places = [Place(name, test, study, work, wanted.rounds) for test in tests]
     try:
         if wanted.keep and restore(wanted.keep, work):
             print(f"{work}: goes on with the runs of {wanted.keep}")
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    code = 0
     if not wanted.compare:
         signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the sweep, which saves its runs and ends with 75
+        code = train(places, sweeps, wanted, further)
+        if code == STOPPED:
+            print("stopped: the same command goes on", file=sys.stderr)
+            return STOPPED
+    if not any(place.runs() for place in places):
+        for place in places:
+            print(f"{place.folder}: no finished run of {', '.join(study.sweeps)}", file=sys.stderr)
+        return 1
+    wanted.out.mkdir(parents=True, exist_ok=True)
+    for place in places:
+        if place.runs():
+            write(place, wanted.study, wanted.out)
+    if len(places) > 1:
+        save(wanted.out / f"{places[0].results}_rotation.md", rotation(places, wanted.study, wanted.out))
+    return code
+
+
+def train(places: list[Place], sweeps: list[str], wanted: argparse.Namespace, further: list[str]) -> int:
+    """Train what is not finished; the highest exit code of the sweeps, ``STOPPED`` as soon as one was."""
+    code = 0
+    for place in places:
         make_dataset(place, wanted.data)
         for table in sweeps:
             code = max(code, sweep(place, table, wanted.jobs, further))
-            if wanted.keep and place.runs():
-                keep(work, wanted.keep)
+            if wanted.keep and any(place.runs() for place in places):
+                keep(place.work, wanted.keep)
             if code == STOPPED:
-                print("stopped: the same command goes on", file=sys.stderr)
-                return STOPPED
-    if not place.runs():
-        print(f"{place.folder}: no finished run of {', '.join(study.sweeps)}", file=sys.stderr)
-        return 1
-    wanted.out.mkdir(parents=True, exist_ok=True)
-    write(place, wanted.study, wanted.out)
+                return code
     return code
 
 
@@ -199,11 +231,46 @@ def write(place: Place, called: str, out: Path) -> None:
     lines = head(place, called)
     for table, layout in place.study.tables:
         lines += compared(place, table, layout, out) if place.runs(table) else [f"`{table}`: no finished run", ""]
+    save(out / f"{place.results}.md", lines)
+
+
+def save(file: Path, lines: list[str]) -> None:
+    """Into a file, whole or not at all, and onto the terminal."""
     text = "\n".join(lines)
-    draft = out / f"{place.results}.md.part"
+    draft = file.with_name(f"{file.name}.part")
     draft.write_text(text)
-    draft.replace(draft.with_suffix(""))
+    draft.replace(file)
     print(text)
+
+
+def rotation(places: list[Place], called: str, out: Path) -> list[str]:
+    """The scores of the tables just written, a column a test tile, and their mean where a row has all tiles."""
+    scores: dict[tuple[str, str, str], dict[int | None, tuple[float, str]]] = {}
+    for place in places:
+        for table, layout in place.study.tables:
+            cells = out / f"{place.results}_{place.part(table, layout)}.csv"
+            if layout != 1 or not place.runs(table):
+                continue
+            with cells.open(newline="") as file:
+                for cell in csv.DictReader(file):
+                    seeds = "" if cell["seeds"] == "1" else f" ({cell['seeds']})"
+                    at = (cell["row"], cell["net"], cell["column"])
+                    scores.setdefault(at, {})[place.test] = (float(cell["mean"]), seeds)
+    lines = [
+        f"# {places[0].study.title}: {places[0].name}, each test tile in turn",
+        "",
+        f"    {places[0].command(called, 'all')} --compare",
+        "",
+        "Test mIoU in %, in brackets the number of seeds where it is not one; each column is a table of its own here.",
+        "",
+        f"| row | net | share | {' | '.join(f'tile {place.test}' for place in places)} | mean |",
+        f"|---|---|---|{'---|' * (len(places) + 1)}",
+    ]
+    for (row, net, share), of in sorted(scores.items()):
+        values = [f"{100 * of[place.test][0]:.1f}{of[place.test][1]}" if place.test in of else "–" for place in places]
+        mean = f"{100 * sum(score for score, _ in of.values()) / len(of):.1f}" if len(of) == len(places) else "–"
+        lines.append(f"| {' | '.join((row, net, share, *values, mean))} |")
+    return [*lines, ""]
 
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -213,7 +280,8 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--study", choices=tuple(STUDIES), default="paper", help="which runs and tables")
     parser.add_argument("--sweeps", nargs="+", help="of the study; default: all of them")
     parser.add_argument("--data", type=Path, help="folder of the Dubai scenes")
-    parser.add_argument("--test", type=int, choices=DUBAI, default=USUAL_TEST, help="Dubai's test tile")
+    tests = (*map(str, DUBAI), "all")
+    parser.add_argument("--test", choices=tests, default=str(USUAL_TEST), help="Dubai's test tile, or each in turn")
     parser.add_argument("--rounds", type=positive, help="of each run, in place of the study's own number")
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, datasets and runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
@@ -244,7 +312,7 @@ def make_dataset(place: Place, data: Path | None) -> None:
     scenes = place.work / f"scenes{study.suffix}" if data is None or synthetic else data
     if synthetic and dctc("synth", scenes, "--scenes", study.scenes[0], "--size", study.scenes[1]):
         sys.exit(1)
-    settings = [f"tile.size={study.tile if synthetic else DUBAI_TILE}", *place.split]
+    settings = [f"tile.size={study.tile}", *([] if synthetic else [f"labelled.by={study.by}"]), *place.split]
     if dctc("shard", f"configs/data/{place.name}.yaml", place.dataset, "--root", scenes, *settings):
         sys.exit(1)
 
@@ -262,13 +330,10 @@ def head(place: Place, called: str) -> list[str]:
     seconds = sum(report["train_seconds"] for report in reports)
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "accelerate", "mlflow"))
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()}), one a run; Python {platform.python_version()}"
-    turned = f" --test {place.test}" if place.split else ""
-    data = f"{turned} --data FOLDER" if name == "dubai" else ""
-    data += "" if place.rounds is None else f" --rounds {place.rounds}"
     return [
         f"# {study.title}: {place.called}",
         "",
-        f"    python benchmarks/tables.py {name} --study {called} --work DIR{data}",
+        f"    {place.command(called, place.test if place.split else None)}",
         "",
         f"Date {date.today()}; {machine}, {versions}.",
         f"Configs `configs/{name}/` with `{' '.join(place.settings)}`.",
@@ -279,8 +344,7 @@ def head(place: Place, called: str) -> list[str]:
 
 def compared(place: Place, table: str, layout: int, out: Path) -> list[str]:
     """The Markdown of `dctc compare`, below its command; the cells as CSV go into a file beside it."""
-    of = str(layout) if place.study.stem == "tables" else f"{table}_{layout}"
-    cells = out / f"{place.results}_{of}.csv"
+    cells = out / f"{place.results}_{place.part(table, layout)}.csv"
     store = f"sqlite:///{place.work / 'mlflow.db'}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "table.md"

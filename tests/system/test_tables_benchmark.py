@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kept import keep, restore
-from benchmarks.tables import STUDIES, Place
+from benchmarks.tables import DUBAI, STUDIES, Place, rotation
 from tests.tiny import ROOT, run
 
 SMALL = ["network.width=4", "schedule.rounds=1", "data.batch_labelled=2", "data.batch_unlabelled=2"]
@@ -56,6 +56,26 @@ def test_another_length_is_filed_apart(tmp_path: Path) -> None:
     assert (usual.results, longer.results) == ("labels_synthetic", "labels_synthetic_50")
     assert (usual.folder.name, longer.folder.name) == ("synthetic-scene", "synthetic-scene-50")
     assert usual.dataset == longer.dataset
+
+
+def test_each_test_tile_in_turn(tmp_path: Path) -> None:
+    places = [Place("dubai", test, STUDIES["labels"], tmp_path, 50) for test in DUBAI]
+    assert [place.results for place in places] == [f"labels_dubai{x}_50" for x in ("-1", "-2", "-5", "-6", "")]
+    for place in places:
+        held_out = [text for text in place.split if f"t{place.test}" in text]
+        assert len(held_out) == (0 if place.test == 8 else 1), "train and validation are the other tiles"
+        report = place.folder / "extended-u-net-1_8-s0" / "report.json"
+        report.parent.mkdir(parents=True)
+        report.write_text("{}")
+        rows = [f"U-Net,s1,1/8,0.{place.test}14,3", *(["CPS,mean,1/8,0.5,1"] if place.test == 8 else [])]
+        cells = tmp_path / f"{place.results}_extended_1.csv"
+        cells.write_text("\n".join(("row,net,column,mean,seeds", *rows)))
+    text = "\n".join(rotation(places, "labels", tmp_path))
+    assert "| row | net | share | tile 1 | tile 2 | tile 5 | tile 6 | tile 8 | mean |" in text
+    scores = "11.4 (3) | 21.4 (3) | 51.4 (3) | 61.4 (3) | 81.4 (3)"
+    assert f"| U-Net | s1 | 1/8 | {scores} | 45.4 |" in text, "44 + 1.4"
+    assert "| CPS | mean | 1/8 | – | – | – | – | 50.0 | – |" in text, "a mean of all tiles or none"
+    assert "tables.py dubai --study labels --work DIR --test all --data FOLDER --rounds 50 --compare" in text
 
 
 def test_what_is_kept_of_runs(tmp_path: Path) -> None:

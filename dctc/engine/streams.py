@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from fractions import Fraction
 
 import numpy as np
 
@@ -15,12 +16,17 @@ from dctc.methods.base import Needs
 from shards.index import Index
 from shards.manifest import Dataset
 
+HALF = Fraction(1, 2)
+
 
 def training_stream(
     config: Config, dataset: Dataset, layout: Layout, number: int, rows: Indices, needs: Needs
 ) -> TrainingStream:
     """Stream ``number`` over ``rows``, with what the method needs of it."""
     labelled = number == LABELLED
+    augment = config.data.augment
+    if not labelled and augment == "strong":
+        augment = "weak"  # pseudo labels are never of a strong view; what learns from one is the method's matter
     return TrainingStream(
         dataset=dataset,
         number=number,
@@ -28,7 +34,7 @@ def training_stream(
         batch=config.data.batch_labelled if labelled else config.data.batch_unlabelled,
         seed=config.run.seed,
         layout=layout,
-        augment=config.data.augment,
+        augment=augment,
         cutmix=config.data.cutmix and labelled,
         workers=config.data.workers,
         labels=labelled,
@@ -57,9 +63,15 @@ def watched_rows(
         "test": test,
         "labelled": labelled,
         "unlabelled": unlabelled,
-        "probe": _spread(unlabelled, PROBE_TILES),
+        "probe": _spread(_held_back(index, unlabelled), PROBE_TILES),
         "pictures": _spread(next(rows for rows in (val, unlabelled) if len(rows)), pictures),
     }
+
+
+def _held_back(index: Index, unlabelled: Indices) -> Indices:
+    """Those that a half of the labels leaves unlabelled: the same tiles at every share up to it, and at all labels."""
+    held = np.intersect1d(unlabelled, index.unlabelled_rows(HALF))
+    return held if len(held) else unlabelled
 
 
 def _spread(rows: Indices, count: int) -> Indices:

@@ -121,9 +121,11 @@ class Watch:
 
         ``tested`` says whether a test was asked for; ``evaluation`` is None without one, or without labels for it.
         ``cost`` may have ``perf/peak_memory_gib`` and ``perf/round_gflop``; what is not known is null in the report.
-        ``unlabelled`` is what the last validation of this process found, by net: the quality of its pseudo labels
-        against labels that are held back, and the names of the classes that it hardly predicts.
+        ``unlabelled`` is what the last validation found, by net: the quality of its pseudo labels against labels that
+        are held back, and the names of the classes that it hardly predicts.
         """
+        if not self._unlabelled:  # that was another process, or never
+            self._probe(progress)
         record = {
             "rounds": progress.rounds,
             "train_seconds": progress.seconds,

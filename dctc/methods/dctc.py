@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dctc.methods.base import Batch, Boxes, Follow, Method, Needs, Round, Total, Update, inference
+from dctc.methods.base import Batch, Boxes, Follow, Length, Method, Needs, Round, Total, Update, inference
 from dctc.methods.dctc_options import Options
 from dctc.methods.lessons import Lesson, Look, lesson_sums, looks
 from dctc.methods.losses import cross_entropy_sum, mean_prediction, pixel_count, ramp_up
@@ -104,6 +104,18 @@ class DCTC(Method):
             return cross_entropy_sum(logits, labels[micro], kind=self.options.loss, weights=weights)[None]
 
         return Update(("teacher",), ("teacher",), [pixel_count(y)[None] for y in labels], sums)
+
+    def begin(self, length: Length) -> None:
+        """Learn how long the run is.
+
+        Raises:
+            ValueError: a phase would start after its end, and so never.
+        """
+        for name in ("phase2_start", "phase3_start"):
+            start = rounds_of(getattr(self.options, name), length.rounds)
+            if start >= length.rounds:
+                raise ValueError(f"{name}: the run is over after {length.rounds} rounds, and this is round {start}")
+        super().begin(length)
 
     def _grown(self, step: int) -> list[float]:
         """How far phases 2 and 3 have come: 0 before the start, 1 after the ramp."""

@@ -81,6 +81,9 @@ class Options:
         for name in ("confidence", "drop", "class_balance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name, threshold in (("confidence", "fixed"), ("drop", "entropy")):
+            if getattr(self, name) != getattr(Options, name) and self.threshold != threshold:
+                raise ValueError(f"{name} is of threshold={threshold}, and threshold is {self.threshold}")
         for name in ("feature_dropout", "teacher_pull"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -95,5 +98,5 @@ class Options:
         if self.teacher_pull and self.attention != self.student_attention:
             raise ValueError(
                 "teacher_pull moves the teacher towards a student, which must have the same layers: "
-                "set attention=false, or student_attention=true"
+                f"set attention and student_attention alike, now {self.attention} and {self.student_attention}"
             )

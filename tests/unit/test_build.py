@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -112,6 +113,38 @@ def test_the_same_tiles_are_watched_whatever_the_layout(dataset: Dataset, tmp_pa
     first, second = (trainer(dataset, tmp_path, f"parallel.accumulation={n}").watch.rows for n in (1, 2))
     assert first.keys() == second.keys() == {"val", "test", "labelled", "unlabelled", "probe", "pictures"}
     assert all(np.array_equal(first[key], second[key]) for key in first)
+
+
+def test_pseudo_labels_of_all_shares_are_looked_at_on_the_same_tiles(dataset: Dataset, tmp_path: Path) -> None:
+    probes = [
+        trainer(dataset, tmp_path, f"data.labelled_share={share}").watch.rows["probe"].tolist()
+        for share in ("1/16", "1/8", "1/2", "1")
+    ]
+    assert probes[0] == probes[1] == probes[2] == probes[3]
+    assert len(set(probes[0])) == 32
+    half = set(Index.open(dataset).labelled_rows(Fraction(1, 2)).tolist())
+    assert not half & set(probes[0]), "up to a half of the labels none of them is labelled"
+    most = trainer(dataset, tmp_path, "data.labelled_share=95%").watch.rows
+    assert set(most["probe"].tolist()) == set(most["unlabelled"].tolist()), "where few are left, those"
+
+
+def test_pseudo_labels_are_never_of_a_strong_view(dataset: Dataset, tmp_path: Path) -> None:
+    kinds = {}
+    for kind in ("none", "flips", "weak", "strong"):
+        built = trainer(dataset, tmp_path, f"data.augment={kind}")
+        assert built.unlabelled is not None
+        kinds[kind] = (built.labelled.augment, built.unlabelled.augment)
+    expected = {kind: (kind, kind) for kind in ("none", "flips", "weak")} | {"strong": ("strong", "weak")}
+    assert kinds == expected
+
+
+@pytest.mark.parametrize("key", ["phase2_start", "phase3_start"])
+def test_a_phase_that_would_never_start_is_refused(dataset: Dataset, tmp_path: Path, key: str) -> None:
+    words = f"key method.{key}: the run is over after 20 rounds, and this is round 20"
+    with pytest.raises(InputError, match=words):
+        trainer(dataset, tmp_path, "schedule.rounds=20", f"method.{key}=20")
+    trainer(dataset, tmp_path, "schedule.rounds=20", f"method.{key}=19")
+    trainer(dataset, tmp_path, "schedule.rounds=20", f"method.{key}=0.9")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -368,6 +369,18 @@ def test_shipped_sweeps_name_configurations_options_and_themselves(path: Path) -
     assert f"dctc sweep {path.relative_to(ROOT)}\n" in path.read_text()
     assert f"dctc compare --sweep {sweep['name']} " in path.read_text()
     assert "score" in path.read_text()
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_no_two_rows_of_a_shipped_sweep_are_one_run(path: Path) -> None:
+    sweep = yaml.safe_load(path.read_text())
+    rows: dict[str, str] = {}
+    for row in sweep["rows"]:
+        settings = {**sweep.get("set", {}), **row.get("set", {})}
+        config = load_config(path.parent / row["config"], [f"{key}={value}" for key, value in settings.items()])
+        trained = json.dumps([resolve(config).result_settings(), row.get("times"), row.get("shares")], sort_keys=True)
+        assert trained not in rows, f"{row['row']} is {rows.get(trained)}"
+        rows[trained] = row["row"]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -131,6 +131,17 @@ def test_a_dying_class_is_named_once_and_once_more_when_it_is_back(watched: Watc
     assert len(watched.said) == 3 * len(dead), "and again when it dies again"
 
 
+def test_the_report_tells_of_pseudo_labels_without_a_validation_of_this_process(watched: Watched) -> None:
+    """As of a run that was killed between its last checkpoint and its report."""
+    watch = watched.trainer.watch
+    watch._unlabelled.clear()
+    report = json.loads(watch.report(watched.trainer.progress, None, False, 4, {}).read_text())["unlabelled"]
+    expected = watched.look(watch.method.logits, rounds=1)
+    assert set(report) == {"s1", "s2", "mean", "teacher"}
+    for name, found in report.items():
+        assert found["pseudo_labels"]["miou"] == pytest.approx(expected[f"train/pseudo/{name}/miou"])
+
+
 def test_a_class_dies_below_a_tenth_of_its_share(watched: Watched) -> None:
     """The largest class, seen in a little more or a little less of the pixels than that."""
     name, share = max(watched.shares().items(), key=lambda item: item[1])

@@ -7,16 +7,16 @@
 
 `--study paper` (the default) is the paper's tables 1 to 3: all methods, shares 1/8, 1/4, 1/2 and 1, two seeds; width 8,
 equal rounds, 4 + 4 tiles of 128 px. `--study labels` is the sweeps `extended` and `ablation` (docs/fewer_labels.md):
-width 16, tiles of 64 px, long enough that the U-Net gains from labels. Of Dubai's labels it draws whole images, as
-people label them: single tiles all over the place leave the U-Net little to gain. `--rounds N` is a study at another
-length, filed apart. FOLDER holds the scenes of the Dubai dataset ("Tile 1", "Tile 2", ...); without it that half says
-that it is skipped. DIR keeps scenes, datasets and runs: the same command goes on, what is finished is not run again.
-`--compare` writes the tables of what is there, `--sweeps` runs some of a study's, further words (`--seed 0 --share 1/8
---row U-Net`) a part of each sweep, as for `dctc sweep`. `--test` rotates Dubai's test tile; the other tiles train, each
-but for its part 009, which validates. `--test all` works through the tiles, then shows them in one table. `--keep
-FILE.tar.xz` writes the finished runs' reports and curves (not their weights) into an archive, and takes up that archive
-where DIR is new: a study may take several days and machines. The peers are the rows; the limit is the U-Net with all
-labels.
+width 16, tiles of 64 px, long enough that the U-Net gains from labels. Dubai is at half of its resolution there, and of
+its labels whole images are drawn, as people label them: single tiles all over the place leave the U-Net little to gain.
+`--rounds N` is a study at another length, filed apart. FOLDER holds the scenes of the Dubai dataset ("Tile 1", "Tile
+2", ...); without it that half says that it is skipped. DIR keeps scenes, datasets and runs: the same command goes on,
+what is finished is not run again. `--compare` writes the tables of what is there, `--sweeps` runs some of a study's,
+further words (`--seed 0 --share 1/8 --row U-Net`) a part of each sweep, as for `dctc sweep`. `--test` rotates Dubai's
+test tile; the other tiles train, each but for its part 009, which validates. `--test all` works through the tiles, then
+shows them in one table. `--keep FILE.tar.xz` writes the finished runs' reports and curves (not their weights) into an
+archive, and takes up that archive where DIR is new: a study may take several days and machines. The peers are the rows;
+the limit is the U-Net with all labels.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.halved import halve
 from benchmarks.kept import keep, restore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +57,7 @@ class Study:
         scenes: of the synthetic towns: how many, and their side in pixels.
         tile: side in pixels.
         by: what is drawn for a labelled share of Dubai.
+        halved: Dubai's scenes are.
         settings: of all runs.
         tables: the sweep of which runs, and in which layout.
     """
@@ -66,6 +68,7 @@ class Study:
     scenes: tuple[int, int]
     tile: int
     by: str
+    halved: bool
     settings: tuple[str, ...]
     tables: tuple[tuple[str, int], ...]
 
@@ -78,12 +81,12 @@ class Study:
 BATCHES = ("data.batch_labelled=4", "data.batch_unlabelled=4", "run.checkpoint_every=0")
 STUDIES = {
     "paper": Study(
-        "Tables 1 to 3, reduced", "tables", "", (12, 512), 128, "tile",
+        "Tables 1 to 3, reduced", "tables", "", (12, 512), 128, "tile", False,
         ("network.width=8", "schedule.rounds=600", *BATCHES, "run.pictures_every=600", "evaluation.every=200"),
         (("table1", 1), ("table1", 2), ("table3", 3)),
     ),
     "labels": Study(
-        "Fewer labels", "labels", "-64", (64, 256), 64, "scene",
+        "Fewer labels", "labels", "-64", (64, 256), 64, "scene", True,
         ("network.width=16", "schedule.rounds=4000", *BATCHES, "run.pictures_every=0", "evaluation.every=1000"),
         (("extended", 1), ("extended", 2), ("ablation", 1)),
     ),
@@ -308,11 +311,16 @@ def dctc(*words: object) -> int:
 
 def make_dataset(place: Place, data: Path | None) -> None:
     """Pack the scenes; of what is packed already nothing is done again."""
-    study, synthetic = place.study, place.name == "synthetic"
-    scenes = place.work / f"scenes{study.suffix}" if data is None or synthetic else data
-    if synthetic and dctc("synth", scenes, "--scenes", study.scenes[0], "--size", study.scenes[1]):
-        sys.exit(1)
-    settings = [f"tile.size={study.tile}", *([] if synthetic else [f"labelled.by={study.by}"]), *place.split]
+    study, settings = place.study, [f"tile.size={place.study.tile}", *place.split]
+    if data is None or place.name == "synthetic":
+        scenes = place.work / f"scenes{study.suffix}"
+        if dctc("synth", scenes, "--scenes", study.scenes[0], "--size", study.scenes[1]):
+            sys.exit(1)
+    else:
+        settings.append(f"labelled.by={study.by}")
+        scenes = place.work / f"scenes-{place.name}-halved" if study.halved else data
+        if study.halved:
+            halve(data, scenes)
     if dctc("shard", f"configs/data/{place.name}.yaml", place.dataset, "--root", scenes, *settings):
         sys.exit(1)
 

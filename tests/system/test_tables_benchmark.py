@@ -8,8 +8,11 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import rasterio
 
+from benchmarks.halved import halve
 from benchmarks.kept import keep, restore
 from benchmarks.tables import DUBAI, STUDIES, Place, rotation
 from tests.tiny import ROOT, run
@@ -76,6 +79,35 @@ def test_each_test_tile_in_turn(tmp_path: Path) -> None:
     assert f"| U-Net | s1 | 1/8 | {scores} | 45.4 |" in text, "44 + 1.4"
     assert "| CPS | mean | 1/8 | – | – | – | – | 50.0 | – |" in text, "a mean of all tiles or none"
     assert "tables.py dubai --study labels --work DIR --test all --data FOLDER --rounds 50 --compare" in text
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_scenes_at_half_of_their_resolution(tmp_path: Path) -> None:
+    """Means of images, single pixels of masks (no colour between two classes), palettes, and odd sizes."""
+    image = np.tile(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8), (3, 1, 1))  # JPEG halves colour
+    mask = np.kron(np.array([[3, 1], [0, 2]], np.uint8), np.ones((4, 4), np.uint8))[:, :7]  # a column less
+    colours = {0: (9, 9, 9, 255), 1: (50, 60, 70, 255), 2: (1, 2, 3, 255), 3: (200, 0, 0, 255)}
+    folder = tmp_path / "scenes" / "Tile 1"
+    folder.mkdir(parents=True)
+    with rasterio.open(
+        folder / "a.jpg", "w", driver="JPEG", quality=100, width=8, height=8, count=3, dtype="uint8"
+    ) as to:
+        to.write(image)
+    with rasterio.open(folder / "a.png", "w", driver="PNG", width=7, height=8, count=1, dtype="uint8") as to:
+        to.write(mask, 1)
+        to.write_colormap(1, colours)
+    halve(tmp_path / "scenes", tmp_path / "half")
+    with rasterio.open(folder / "a.jpg") as whole, rasterio.open(tmp_path / "half" / "Tile 1" / "a.jpg") as done:
+        means = whole.read().reshape(3, 4, 2, 4, 2).mean(axis=(2, 4))
+        assert np.abs(done.read() - means).mean() < 0.1 * whole.read().std(), "but for what JPEG leaves of it"
+    with rasterio.open(tmp_path / "half" / "Tile 1" / "a.png") as done:
+        assert (done.width, done.height) == (3, 4)
+        assert set(np.unique(done.read(1)).tolist()) == {0, 1, 2, 3}
+        assert done.colormap(1)[3] == colours[3]
+    (tmp_path / "half" / "Tile 1" / "a.jpg").unlink()
+    halve(tmp_path / "scenes", tmp_path / "half")
+    assert not (tmp_path / "half" / "Tile 1" / "a.jpg").exists(), "what is there is left as it is"
+    assert not list(tmp_path.glob(".*")), "no draft stays"
 
 
 def test_what_is_kept_of_runs(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dctc.methods.base import Batch, Boxes, Method, Needs, Round, Update, inference, together
 from dctc.methods.losses import Outputs, cross_entropy_sum, fused, mean_prediction, pixel_count, pseudo_label
+from dctc.methods.trust import class_weights, must_be_a_power
 from dctc.networks import NetworkSpec, build_network
 
 NETS = ("s1", "s2")
@@ -30,13 +31,16 @@ class Options:
         weight: w of the cross terms; the authors take 1.5 without CutMix and 1 with it.
         cutmix: mix unlabelled tiles: three boxes that cover a quarter to a half of each.
         loss: as in :mod:`dctc.methods.dctc`.
+        class_balance: power of the class weights (:func:`dctc.methods.trust.class_weights`), 0 is none.
     """
 
     weight: float = 1.5
     cutmix: bool = False
     loss: Literal["multiclass", "binary"] = "multiclass"
+    class_balance: float = 0.0
 
     def __post_init__(self) -> None:
+        must_be_a_power(self.class_balance)
         if self.weight < 0:
             raise ValueError(f"weight must be at least 0, got {self.weight}")
 
@@ -47,12 +51,17 @@ class CrossPseudoSupervision(Method):
     def __init__(self, spec: NetworkSpec, options: Options) -> None:
         super().__init__({name: build_network(spec) for name in NETS})
         self.options = options
+        self.classes = spec.classes
         if options.cutmix:
             self.unlabelled_needs = Needs(boxes=Boxes(3, 0.25, 0.5))
 
     def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Round:
         """One update of both nets."""
         labels = [batch.required_labels() for batch in labelled]
+        weights = yield from class_weights(labels, self.classes, self.options.class_balance, self.memory)
+
+        def loss(outputs: Outputs, target: Tensor) -> Tensor:
+            return cross_entropy_sum(outputs, target, kind=self.options.loss, weights=weights)
 
         def sums(micro: int) -> Tensor:
             known, unknown = labelled[micro], unlabelled[micro]
@@ -60,14 +69,14 @@ class CrossPseudoSupervision(Method):
             taught = self._label(unknown) if cutmix else []
             images = unknown.mixed(unknown.images) if cutmix else unknown.images
             logits = [together(self.parts[name], known.images, images) for name in NETS]
-            losses = [self._loss(of_known, labels[micro]) for of_known, _ in logits]
+            losses = [loss(of_known, labels[micro]) for of_known, _ in logits]
             for mine, other in ((0, 1), (1, 0)):
                 if cutmix:
-                    cross = self._loss(logits[mine][1], taught[other])
+                    cross = loss(logits[mine][1], taught[other])
                 else:
                     valid = (known.valid, unknown.valid)
                     said = [pseudo_label(fused(z).detach(), v) for z, v in zip(logits[other], valid, strict=True)]
-                    cross = self._loss(logits[mine][0], said[0]) + self._loss(logits[mine][1], said[1])
+                    cross = loss(logits[mine][0], said[0]) + loss(logits[mine][1], said[1])
                 losses.append(self.options.weight * cross)
             return torch.stack(losses)
 
@@ -88,9 +97,6 @@ class CrossPseudoSupervision(Method):
         modules = [self.parts[name] for name in NETS]
         with inference(*modules):
             return [batch.mixed(pseudo_label(module(batch.images), batch.valid)) for module in modules]
-
-    def _loss(self, outputs: Outputs, target: Tensor) -> Tensor:
-        return cross_entropy_sum(outputs, target, kind=self.options.loss)
 
 
 build = CrossPseudoSupervision

@@ -63,9 +63,7 @@ class DCTC(Method):
         options = self.options
         phases = (1, 2, 3) if options.round == "iteration" else (1 + step // self.length.epoch % 3,)
         labels = [batch.required_labels() for batch in labelled]
-        weights = None
-        if options.class_balance:
-            weights = yield from class_weights(labels, self.classes, options.class_balance, self.memory)
+        weights = yield from class_weights(labels, self.classes, options.class_balance, self.memory)
         known = self._known(labelled, labels) if options.labels_for_students else []
         shown = looks(unlabelled, options.views, options.cutmix, options.feature_dropout > 0)
         begun = self._grown(step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dctc.methods.trust import must_be_a_power
 from dctc.methods.turns import TURNS
 
 
@@ -78,7 +79,8 @@ class Options:
             value = getattr(self, name)
             if value < 0 or (value > 1 and value != int(value)):
                 raise ValueError(f"{name} is a whole number of rounds, or a share of the run below 1, got {value}")
-        for name in ("confidence", "drop", "class_balance"):
+        must_be_a_power(self.class_balance)
+        for name in ("confidence", "drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         for name, threshold in (("confidence", "fixed"), ("drop", "entropy")):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dctc.methods.base import IGNORE, Batch, Follow, Method, Restart, Round, Survey, Update, inference, together
 from dctc.methods.losses import confident_cross_entropy_sum, cross_entropy_sum, pixel_count
+from dctc.methods.trust import class_weights, must_be_a_power
 from dctc.networks import NetworkSpec, build_network
 
 BINS = 4096  # of confidence in [0, 1], so a threshold is exact to 1/4096
@@ -32,14 +33,17 @@ class Options:
         start: share of the run that is supervised, before the first stage.
         gamma: power of the dynamic weight.
         restart: each stage begins with a fresh optimizer. The learning rate follows the run's one schedule.
+        class_balance: power of the class weights (:func:`dctc.methods.trust.class_weights`), 0 is none.
     """
 
     stages: int = 5
     start: float = 1 / 6
     gamma: float = 9.0
     restart: bool = True
+    class_balance: float = 0.0
 
     def __post_init__(self) -> None:
+        must_be_a_power(self.class_balance)
         if self.stages < 1:
             raise ValueError(f"stages must be at least 1, got {self.stages}")
         if not 0 <= self.start < 1:
@@ -70,8 +74,10 @@ class DSTCBC(Method):
     def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Round:
         """One update; before the first one of a stage new labels and thresholds."""
         begins = self.first_rounds()
+        labels = [batch.required_labels() for batch in labelled]
+        weights = yield from class_weights(labels, self.classes, self.options.class_balance, self.memory)
         if step < begins[0]:
-            yield self._update(labelled, [])
+            yield self._update(labelled, labels, [], weights)
             return
         if step in begins:
             yield Follow("labeller", "s1")
@@ -82,25 +88,30 @@ class DSTCBC(Method):
                 self.memory["thresholds"] = thresholds(counts, share)
             if self.options.restart:
                 yield Restart(("s1",))
-        yield self._update(labelled, [(batch, self._label(batch)) for batch in unlabelled])
+        yield self._update(labelled, labels, [(batch, self._label(batch)) for batch in unlabelled], weights)
 
     def logits(self, images: Tensor) -> dict[str, Tensor]:
         """Logits of the net."""
         return {"s1": self.parts["s1"](images)}
 
-    def _update(self, labelled: Sequence[Batch], taught: Sequence[tuple[Batch, Tensor]]) -> Update:
-        labels = [batch.required_labels() for batch in labelled]
+    def _update(
+        self,
+        labelled: Sequence[Batch],
+        labels: Sequence[Tensor],
+        taught: Sequence[tuple[Batch, Tensor]],
+        weights: Tensor | None,
+    ) -> Update:
         counts = [pixel_count(y) for y in labels]
         if taught:
             counts = [known + pixel_count(y) for known, (_, y) in zip(counts, taught, strict=True)]
 
         def sums(micro: int) -> Tensor:
             if not taught:
-                return cross_entropy_sum(self.parts["s1"](labelled[micro].images), labels[micro])[None]
+                return cross_entropy_sum(self.parts["s1"](labelled[micro].images), labels[micro], weights=weights)[None]
             batch, y = taught[micro]
             known, unknown = together(self.parts["s1"], labelled[micro].images, batch.images)
-            total = cross_entropy_sum(known, labels[micro])
-            return (total + confident_cross_entropy_sum(unknown, y, self.options.gamma))[None]
+            total = cross_entropy_sum(known, labels[micro], weights=weights)
+            return (total + confident_cross_entropy_sum(unknown, y, self.options.gamma, weights))[None]
 
         return Update(("self_training" if taught else "supervised",), ("s1",), [n[None] for n in counts], sums)
 

@@ -89,16 +89,20 @@ def _cross_entropy_sum(logits: Tensor, target: Tensor, temperature: float, kind:
         return torch.where(valid, pixels, 0.0).sum()
 
 
-def confident_cross_entropy_sum(outputs: Outputs, target: Tensor, gamma: float) -> Tensor:
+def confident_cross_entropy_sum(
+    outputs: Outputs, target: Tensor, gamma: float, weights: Tensor | None = None
+) -> Tensor:
     """Summed ``-p_y^gamma log p_y``, where the weight ``p_y^gamma`` is taken as a constant (DST-CBC's dynamic weight).
 
     A pixel whose label the net doubts counts little: the net's prediction, also in the loss of a side output.
-    ``target`` is a class map; float32 scalar.
+    ``target`` is a class map, ``weights`` as in :func:`cross_entropy_sum`; float32 scalar.
     """
     valid = target != IGNORE
     classes = torch.where(valid, target, 0)[:, None]
     chosen = [sharpened_log_probabilities(logits).gather(1, classes).squeeze(1) for logits in each(outputs)]
     weight = (gamma * chosen[0].detach()).exp()
+    if weights is not None:
+        weight = weight * weights[classes.squeeze(1)]
     return torch.stack([torch.where(valid, -weight * log_p, 0.0).sum() for log_p in chosen]).sum()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dctc.methods.base import IGNORE, Batch, Follow, Method, Needs, Round, Update, inference, together
 from dctc.methods.losses import Outputs, cross_entropy_sum, pixel_count, probability_distance_sum, ramp_up
+from dctc.methods.trust import class_weights, must_be_a_power
 from dctc.networks import NetworkSpec, build_network
 
 
@@ -31,6 +32,7 @@ class Options:
         cap: largest alpha. A run of fewer than some thousand rounds needs less than 0.999, which averages over a
             thousand rounds.
         loss: as in :mod:`dctc.methods.dctc`.
+        class_balance: power of the class weights (:func:`dctc.methods.trust.class_weights`) of labels; 0 is none.
     """
 
     weight: float = 10.0
@@ -38,8 +40,10 @@ class Options:
     cap: float = 0.999
     views: Literal["noise", "strong"] = "noise"
     loss: Literal["multiclass", "binary"] = "multiclass"
+    class_balance: float = 0.0
 
     def __post_init__(self) -> None:
+        must_be_a_power(self.class_balance)
         if self.weight < 0:
             raise ValueError(f"weight must be at least 0, got {self.weight}")
         for name in ("ramp", "cap"):
@@ -60,17 +64,19 @@ class MeanTeacher(Method):
         average.load_state_dict(student.state_dict())
         super().__init__({"s1": student, "ema": average})
         self.options = options
+        self.classes = spec.classes
         self.labelled_needs = self.unlabelled_needs = Needs(views=2, kind=options.views)
 
     def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Round:
         """One update of the student, then the average follows."""
         labels = [torch.where(b.view_valid[0], b.required_labels(), IGNORE) for b in labelled]
+        balance = yield from class_weights(labels, self.classes, self.options.class_balance, self.memory)
         weight = self.options.weight * ramp_up(step, 0, round(self.options.ramp * self.length.rounds))
 
         def sums(micro: int) -> Tensor:
             batches = labelled[micro], unlabelled[micro]
             known, unknown = together(self.parts["s1"], *(batch.views[0] for batch in batches))
-            supervised = cross_entropy_sum(known, labels[micro], kind=self.options.loss)
+            supervised = cross_entropy_sum(known, labels[micro], kind=self.options.loss, weights=balance)
             consistency = self._apart(known, batches[0]) + self._apart(unknown, batches[1])
             return torch.stack([supervised, weight * consistency])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dctc.methods.base import Batch, Method, Round, Update
 from dctc.methods.losses import cross_entropy_sum, pixel_count
-from dctc.methods.trust import class_weights
+from dctc.methods.trust import class_weights, must_be_a_power
 from dctc.networks import NetworkSpec, build_network
 
 
@@ -29,8 +29,7 @@ class Options:
     class_balance: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.class_balance <= 1:
-            raise ValueError(f"class_balance must lie in [0, 1], got {self.class_balance}")
+        must_be_a_power(self.class_balance)
 
 
 class Supervised(Method):
@@ -46,9 +45,7 @@ class Supervised(Method):
     def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Round:
         """One update on the labelled batch."""
         labels = [batch.required_labels() for batch in labelled]
-        weights = None
-        if self.options.class_balance:
-            weights = yield from class_weights(labels, self.classes, self.options.class_balance, self.memory)
+        weights = yield from class_weights(labels, self.classes, self.options.class_balance, self.memory)
 
         def sums(micro: int) -> Tensor:
             logits = self.parts["network"](labelled[micro].images)

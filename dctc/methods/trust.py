@@ -116,8 +116,10 @@ class Trust:
 
 def class_weights(
     labels: Sequence[Tensor], classes: int, power: float, memory: Memory
-) -> Generator[Total, Any, Tensor]:
+) -> Generator[Total, Any, Tensor | None]:
     """Weights float32 [K] that rise as a class is rare: ``f_c^-power``, scaled to mean 1 over the labelled pixels.
+
+    None where ``power`` is 0: nothing is counted then.
 
     f_c is the class' share of all labelled pixels so far; a weight is at most :data:`HEAVIEST`, also where a class has
     not been seen.
@@ -126,6 +128,8 @@ def class_weights(
         labels: int64 [B,H,W] with 255 = ignore, of each micro-batch.
         memory: of the method.
     """
+    if not power:
+        return None
     counts = torch.zeros(classes + 1, dtype=torch.int64, device=labels[0].device)
     for y in labels:
         counts.scatter_add_(0, torch.where(y == IGNORE, classes, y).flatten(), torch.ones_like(y).flatten())
@@ -135,6 +139,12 @@ def class_weights(
         memory["pixels"] = [old + new for old, new in zip(seen, total.tolist(), strict=True)]
     weights = weights_of(memory.get("pixels", [1] * classes), power)
     return torch.tensor(weights, dtype=torch.float32, device=labels[0].device)
+
+
+def must_be_a_power(class_balance: float) -> None:
+    """Raises :class:`ValueError` for what cannot be the ``power`` of :func:`class_weights`."""
+    if not 0 <= class_balance <= 1:
+        raise ValueError(f"class_balance must lie in [0, 1], got {class_balance}")
 
 
 def weights_of(pixels: Sequence[int], power: float) -> list[float]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from dctc.methods.base import Batch, Boxes, Method, Needs, Round, Update, inference
 from dctc.methods.lessons import Lesson, lesson_sums, looks
 from dctc.methods.losses import pixel_count
-from dctc.methods.trust import Trust
+from dctc.methods.trust import Trust, class_weights, must_be_a_power
 from dctc.networks import NetworkSpec, build_decoder, build_encoder
 
 
@@ -38,6 +38,7 @@ class Options:
         feature_dropout: share of the encoder's channels that are dropped; 0 leaves that term out.
         cutmix: mix the strong views: in half of the tiles one box of 2 to 40 % of the tile.
         loss: as in :mod:`dctc.methods.dctc`.
+        class_balance: power of the class weights (:func:`dctc.methods.trust.class_weights`), 0 is none.
     """
 
     confidence: float = 0.95
@@ -46,8 +47,10 @@ class Options:
     feature_dropout: float = 0.5
     cutmix: bool = True
     loss: Literal["multiclass", "binary"] = "multiclass"
+    class_balance: float = 0.0
 
     def __post_init__(self) -> None:
+        must_be_a_power(self.class_balance)
         if not 0 <= self.confidence <= 1:
             raise ValueError(f"confidence must lie in [0, 1], got {self.confidence}")
         if self.weight < 0:
@@ -64,6 +67,7 @@ class UniMatch(Method):
     def __init__(self, spec: NetworkSpec, options: Options) -> None:
         super().__init__({"encoder": build_encoder(spec), "s1": build_decoder(spec)})
         self.options = options
+        self.classes = spec.classes
         self.trust = Trust("fixed", options.confidence)
         boxes = Boxes(1, 0.02, 0.4, chance=0.5) if options.cutmix else None
         self.unlabelled_needs = Needs(options.views, boxes=boxes, keys=options.feature_dropout > 0)
@@ -72,6 +76,7 @@ class UniMatch(Method):
         """One update of the net."""
         options = self.options
         labels = [batch.required_labels() for batch in labelled]
+        weights = yield from class_weights(labels, self.classes, options.class_balance, self.memory)
         with inference(*self.parts.values()):
             said = [self.logits(batch.images)["s1"] for batch in unlabelled]
         valid = [batch.valid for batch in unlabelled]
@@ -87,7 +92,7 @@ class UniMatch(Method):
         ]  # fmt: skip
 
         def sums(micro: int) -> Tensor:
-            return lesson_sums(self.parts, lessons, micro, options.loss, None, options.feature_dropout)
+            return lesson_sums(self.parts, lessons, micro, options.loss, weights, options.feature_dropout)
 
         counts = [torch.stack(of_micro) for of_micro in zip(*(lesson.counts for lesson in lessons), strict=True)]
         yield Update(tuple(lesson.term for lesson in lessons), ("encoder", "s1"), counts, sums)

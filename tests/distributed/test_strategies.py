@@ -32,6 +32,7 @@ KINDS = {
     "-entropy": f"{EXTENDED}method.threshold=entropy",
     "-preset": "method.labels_for_students=true method.labels_in_phase3=true method.cutmix=true method.label_turns=4 "
     "method.pseudo_label=soft method.sharpen=none method.teacher_pull=0.02 method.attention=false method.update=fused",
+    "-balanced": "method.class_balance=0.5",
     "-turns": "method.label_turns=2",
     "-sure": "method.confidence=0.2",  # or a net that has not learnt yet trusts nothing, and losses are 0
 }
@@ -70,7 +71,8 @@ class Case:
 
 
 CASES = [Case("dctc", *values) for values in itertools.product(OPTIMIZERS, (None, 0.5), (1, 4))]
-CASES += [Case(method, *values) for method in METHODS for values in (("sgd", 0.5, 4), ("adamw", None, 1))]
+CASES += [Case(method, "sgd", 0.5, 4, kind="-balanced") for method in METHODS]
+CASES += [Case(method, "adamw", None, 1) for method in METHODS]
 # CutMix pairs the tiles of a micro-batch, so each needs two.
 CASES += [Case("unimatch", "sgd", 0.5, 2, kind="-sure"), Case("unimatch", "adamw", None, 1, kind="-sure")]
 CASES += [Case("dctc", "sgd", 0.5, 2, kind=kind) for kind in ("-adaptive", "-entropy", "-preset")]

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dctc.engine.parallel import Parallel
@@ -88,3 +90,13 @@ def by_term(losses: Sequence[Losses]) -> dict[str, float]:
 def weights(method: Method) -> Tensor:
     """All parameters in one vector, copied."""
     return torch.cat([p.detach().flatten() for part in method.parts.values() for p in part.parameters()])
+
+
+def balanced(counts: NDArray[np.float64], power: float) -> NDArray[np.float64]:
+    """f^-power, mean 1 over the pixels, at most 10."""
+    if not power:
+        return np.ones(CLASSES)
+    f = counts / counts.sum()
+    raw = f**-power
+    found: NDArray[np.float64] = np.minimum(raw / (f * raw).sum(), 10)
+    return found

@@ -20,7 +20,19 @@ from dctc.methods import Batch, Method
 from dctc.methods.base import Length
 from dctc.methods.cps import Options as CPSOptions
 from dctc.methods.dst_cbc import BINS, DSTCBC, thresholds
-from tests.golden.rounds import ADAM, CLASSES, IGNORE, batches, built, by_term, cut, run_round, updater, weights
+from tests.golden.rounds import (
+    ADAM,
+    CLASSES,
+    IGNORE,
+    balanced,
+    batches,
+    built,
+    by_term,
+    cut,
+    run_round,
+    updater,
+    weights,
+)
 
 EXACT = torch.float64
 ROUNDS = 20
@@ -72,8 +84,24 @@ def pixels(logits: Tensor, y: Tensor) -> Tensor:
     return -chosen.log() * (y != IGNORE)
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    return pixels(logits, y).sum() / (y != IGNORE).sum()
+def cross_entropy(logits: Tensor, y: Tensor, weight_of: Tensor) -> Tensor:
+    return (pixels(logits, y) * by_class(weight_of, y)).sum() / (y != IGNORE).sum()
+
+
+def by_class(weight_of: Tensor, y: Tensor) -> Tensor:
+    return weight_of[y.where(y != IGNORE, 0)]
+
+
+class Balance:
+    """Weights of the classes by the labels that it has been shown so far."""
+
+    def __init__(self, power: float) -> None:
+        self.power = power
+        self.counts = np.zeros(CLASSES)
+
+    def after(self, y: Tensor) -> Tensor:
+        self.counts += np.bincount(y[y != IGNORE].numpy(), minlength=CLASSES)
+        return torch.from_numpy(balanced(self.counts, self.power))
 
 
 def adam(*modules: nn.Module) -> list[torch.optim.Adam]:
@@ -100,7 +128,8 @@ def step_all(loss: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
 # ---- the loops
 
 
-def mean_teacher_loop(parts: Mapping[str, nn.Module]) -> History:
+def mean_teacher_loop(parts: Mapping[str, nn.Module], power: float = 0.0) -> History:
+    balance = Balance(power)
     student = deepcopy(parts["s1"]).train()
     average = deepcopy(student)
     optimizers = adam(student)
@@ -111,7 +140,7 @@ def mean_teacher_loop(parts: Mapping[str, nn.Module]) -> History:
         w = 10 * math.exp(-5 * (1 - t) ** 2)
         y = labelled.required_labels().where(labelled.view_valid[0], IGNORE)
         z = student(torch.cat([labelled.views[0], unlabelled.views[0]]))  # batch norm sees both
-        supervised = cross_entropy(z[:2], y)
+        supervised = cross_entropy(z[:2], y, balance.after(y))
         apart, count = torch.zeros((), dtype=EXACT), 0
         for logits, batch in ((z[:2], labelled), (z[2:], unlabelled)):
             both = batch.view_valid[0] & batch.view_valid[1]
@@ -131,7 +160,8 @@ def hard(p: Tensor, valid: Tensor) -> Tensor:
     return p.argmax(1).where(valid, IGNORE)
 
 
-def cps_loop(parts: Mapping[str, nn.Module], cutmix: bool) -> History:
+def cps_loop(parts: Mapping[str, nn.Module], cutmix: bool, power: float = 0.0) -> History:
+    balance = Balance(power)
     nets = [deepcopy(parts[name]).train() for name in ("s1", "s2")]
     optimizers = adam(*nets)
     weight = 1.0 if cutmix else 1.5
@@ -153,8 +183,10 @@ def cps_loop(parts: Mapping[str, nn.Module], cutmix: bool) -> History:
             logits = everything
             valid = torch.cat([labelled.valid, unlabelled.valid])
             labels = [hard(z.detach(), valid) for z in logits]
-        supervised = [cross_entropy(z[:2], y) for z in everything]
-        cross = [weight * cross_entropy(logits[0], labels[1]), weight * cross_entropy(logits[1], labels[0])]
+        weight_of = balance.after(y)
+        supervised = [cross_entropy(z[:2], y, weight_of) for z in everything]
+        pairs = ((logits[0], labels[1]), (logits[1], labels[0]))
+        cross = [weight * cross_entropy(z, said, weight_of) for z, said in pairs]
         step_all(sum([*supervised, *cross], torch.zeros(())), optimizers)
         values = [loss.item() for loss in (*supervised, *cross)]
         history.append(dict(zip(("s1", "s2", "s2_to_s1", "s1_to_s2"), values, strict=True)))
@@ -172,8 +204,9 @@ def top_share(net: nn.Module, share: float) -> list[float]:
     return [math.floor(r[math.ceil(share * len(r)) - 1] * 4096) / 4096 if r else 0.0 for r in ranked]
 
 
-def dst_cbc_loop(parts: Mapping[str, nn.Module], restart: bool) -> History:
+def dst_cbc_loop(parts: Mapping[str, nn.Module], restart: bool, power: float = 0.0) -> History:
     """A fifth of the rounds is supervised, then come two stages of eight rounds."""
+    balance = Balance(power)
     net = deepcopy(parts["s1"]).train()
     labeller, least = deepcopy(net), [0.0] * CLASSES
     optimizers = adam(net)
@@ -186,15 +219,16 @@ def dst_cbc_loop(parts: Mapping[str, nn.Module], restart: bool) -> History:
             optimizers = adam(net) if restart else optimizers
         y = labelled.required_labels()
         count = (y != IGNORE).sum()
+        weight_of = balance.after(y)
         if step < 4:
-            total = pixels(net(labelled.images), y).sum()
+            total = (pixels(net(labelled.images), y) * by_class(weight_of, y)).sum()
         else:
             z = net(torch.cat([labelled.images, unlabelled.images]))
-            total = pixels(z[:2], y).sum()
+            total = (pixels(z[:2], y) * by_class(weight_of, y)).sum()
             confidence, classes = predict(labeller, unlabelled.images).max(1)
             pseudo = classes.where(unlabelled.valid & (confidence >= torch.tensor(least, dtype=EXACT)[classes]), IGNORE)
             ce = pixels(z[2:], pseudo)
-            total = total + (torch.exp(-ce.detach()) ** 9 * ce).sum()
+            total = total + (torch.exp(-ce.detach()) ** 9 * ce * by_class(weight_of, pseudo)).sum()
             count = count + (pseudo != IGNORE).sum()
         step_all(total / count, optimizers)
         history.append({"supervised" if step < 4 else "self_training": (total / count).item()})
@@ -207,6 +241,10 @@ CASES: list[tuple[str, dict[str, Any], Callable[[Mapping[str, nn.Module]], Histo
     ("cps", {"cutmix": True, "weight": 1.0}, lambda parts: cps_loop(parts, cutmix=True)),
     ("dst_cbc", {"stages": 2, "start": 0.2}, lambda parts: dst_cbc_loop(parts, restart=True)),
     ("dst_cbc", {"stages": 2, "start": 0.2, "restart": False}, lambda parts: dst_cbc_loop(parts, restart=False)),
+    ("mean_teacher", {"cap": 0.99, "class_balance": 0.5}, lambda parts: mean_teacher_loop(parts, 0.5)),
+    ("cps", {"class_balance": 0.5}, lambda parts: cps_loop(parts, False, 0.5)),
+    ("cps", {"cutmix": True, "weight": 1.0, "class_balance": 0.5}, lambda parts: cps_loop(parts, True, 0.5)),
+    ("dst_cbc", {"stages": 2, "start": 0.2, "class_balance": 0.5}, lambda parts: dst_cbc_loop(parts, True, 0.5)),
 ]
 
 
@@ -228,6 +266,8 @@ def test_switches_of_the_comparison_methods_make_a_difference() -> None:
     assert runs[1] != runs[2]
     assert runs[3][:4] == runs[4][:4]
     assert runs[3][5:] != runs[4][5:]
+    for plain, weighted in ((0, 5), (1, 6), (2, 7), (3, 8)):
+        assert all(a != b for a, b in zip(runs[plain], runs[weighted], strict=True))
 
 
 # ---- parts of them

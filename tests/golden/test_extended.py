@@ -21,7 +21,19 @@ from dctc.engine.update import OptimizerSpec
 from dctc.methods import Batch, Method, OptionError, build_method
 from dctc.methods.base import Length
 from dctc.networks import NetworkSpec
-from tests.golden.rounds import ADAM, CLASSES, IGNORE, SGD, batches, built, by_term, run_round, updater, weights
+from tests.golden.rounds import (
+    ADAM,
+    CLASSES,
+    IGNORE,
+    SGD,
+    balanced,
+    batches,
+    built,
+    by_term,
+    run_round,
+    updater,
+    weights,
+)
 from tests.tiny import ROOT
 
 EXACT = torch.float64
@@ -129,16 +141,6 @@ class Truster:
         if self.soft:
             return torch.from_numpy(p * (seen & sure)[:, None])
         return torch.from_numpy(np.where(seen & sure, y, IGNORE))
-
-
-def balanced(counts: Numbers, power: float) -> Numbers:
-    """f^-power, mean 1 over the pixels, at most 10."""
-    if not power:
-        return np.ones(CLASSES)
-    f = counts / counts.sum()
-    raw = f**-power
-    found: Numbers = np.minimum(raw / (f * raw).sum(), 10)
-    return found
 
 
 class Loop:
@@ -380,7 +382,9 @@ def test_each_switch_makes_a_difference() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"views": 1}, {"cutmix": False}, {"feature_dropout": 0.0}, {"weight": 2.0}], ids=str
+    "options",
+    [{}, {"views": 1}, {"cutmix": False}, {"feature_dropout": 0.0}, {"weight": 2.0}, {"class_balance": 0.5}],
+    ids=str,
 )
 def test_unimatch(options: dict[str, Any]) -> None:
     """A half of each, the unlabelled half divided as the paper has it."""
@@ -394,8 +398,10 @@ def test_unimatch(options: dict[str, Any]) -> None:
     for step in range(ROUNDS):
         labelled, u = data(step)
         y = labelled.required_labels()
+        loop.counts += np.bincount(y[y != IGNORE].numpy(), minlength=CLASSES)
+        weight_of = balanced(loop.counts, options.get("class_balance", 0.0))
         said = loop.truster.labels("s1", loop.said(u.images)["s1"], u.valid, step)
-        expected.append(loop.teach(u, {"consistency": said}, 1.0, (labelled, y), np.ones(CLASSES), half=True))
+        expected.append(loop.teach(u, {"consistency": said}, 1.0, (labelled, y), weight_of, half=True))
     assert_same(engine_losses(method), expected)
 
 

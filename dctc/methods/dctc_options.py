@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dctc.methods.trust import must_be_a_power
-from dctc.methods.turns import TURNS
+from dctc.methods.turns import must_be_turns
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,7 @@ class Options:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.views <= 2:
             raise ValueError(f"views is the number of strong views, 0, 1 or 2, got {self.views}")
-        if self.label_turns not in TURNS:
-            raise ValueError(
-                f"label_turns is the number of turns that are averaged over, 1, 2 or 4, got {self.label_turns}"
-            )
+        must_be_turns(self.label_turns)
         if self.labels_in_phase3 and not self.labels_for_students:
             raise ValueError("labels_in_phase3 goes with labels_for_students=true, which phase 2 has")
         if self.teacher_pull and self.attention != self.student_attention:

@@ -19,6 +19,7 @@ from torch import Tensor
 from dctc.methods.base import IGNORE, Batch, Follow, Method, Restart, Round, Survey, Update, inference, together
 from dctc.methods.losses import confident_cross_entropy_sum, cross_entropy_sum, pixel_count
 from dctc.methods.trust import class_weights, must_be_a_power
+from dctc.methods.turns import TURNS, average_views, must_be_turns
 from dctc.networks import NetworkSpec, build_network
 
 BINS = 4096  # of confidence in [0, 1], so a threshold is exact to 1/4096
@@ -34,6 +35,7 @@ class Options:
         gamma: power of the dynamic weight.
         restart: each stage begins with a fresh optimizer. The learning rate follows the run's one schedule.
         class_balance: power of the class weights (:func:`dctc.methods.trust.class_weights`), 0 is none.
+        label_turns: as in :mod:`dctc.methods.dctc`; not in the paper.
     """
 
     stages: int = 5
@@ -41,8 +43,10 @@ class Options:
     gamma: float = 9.0
     restart: bool = True
     class_balance: float = 0.0
+    label_turns: int = 1
 
     def __post_init__(self) -> None:
+        must_be_turns(self.label_turns)
         must_be_a_power(self.class_balance)
         if self.stages < 1:
             raise ValueError(f"stages must be at least 1, got {self.stages}")
@@ -64,6 +68,7 @@ class DSTCBC(Method):
         super().__init__({"s1": network, "labeller": copy})
         self.options = options
         self.classes = spec.classes
+        self.turns = TURNS[options.label_turns]
 
     def first_rounds(self) -> list[int]:
         """The round in which each stage begins."""
@@ -131,8 +136,12 @@ class DSTCBC(Method):
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The labeller's confidence, float32 [B,H,W], and class."""
+
+        def probabilities(images: Tensor) -> Tensor:
+            return torch.softmax(self.parts["labeller"](images).float(), dim=1)
+
         with inference(self.parts["labeller"]):
-            confidence, classes = torch.softmax(self.parts["labeller"](batch.images).float(), dim=1).max(dim=1)
+            confidence, classes = average_views(probabilities, batch.images, self.turns).max(dim=1)
         return confidence, classes
 
 

@@ -14,6 +14,12 @@ VIEWS: tuple[View, ...] = tuple(
 TURNS = {1: VIEWS[:1], 2: VIEWS[:4:2], 4: VIEWS[:4]}  # evenly spaced, by their number
 
 
+def must_be_turns(label_turns: int) -> None:
+    """Raises :class:`ValueError` for a number of turns that is not one of :data:`TURNS`."""
+    if label_turns not in TURNS:
+        raise ValueError(f"label_turns is the number of turns that are averaged over, 1, 2 or 4, got {label_turns}")
+
+
 def average_views(function: Callable[[Tensor], Tensor], images: Tensor, views: Sequence[View] = VIEWS) -> Tensor:
     """Mean over ``views`` of ``function`` turned back; [B,C,H,H] -> [B,K,H,H].
 

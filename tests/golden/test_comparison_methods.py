@@ -193,18 +193,26 @@ def cps_loop(parts: Mapping[str, nn.Module], cutmix: bool, power: float = 0.0) -
     return history
 
 
-def top_share(net: nn.Module, share: float) -> list[float]:
+def turned(net: nn.Module, images: Tensor, turns: Sequence[int]) -> Tensor:
+    """The mean over quarter turns of the probabilities, turned back."""
+    seen = [predict(net, images.rot90(k, (2, 3))).rot90(-k, (2, 3)) for k in turns]
+    return torch.stack(seen).mean(0)
+
+
+def top_share(net: nn.Module, share: float, turns: Sequence[int]) -> list[float]:
     """Of each class the confidence that its most confident ``share`` of pixels have, floored to whole 4096ths."""
     found: list[list[float]] = [[] for _ in range(CLASSES)]
     for batch in EVERYTHING:
-        confidence, classes = predict(net, batch.images).max(1)
+        confidence, classes = turned(net, batch.images, turns).max(1)
         for value, label in zip(confidence[batch.valid].tolist(), classes[batch.valid].tolist(), strict=True):
             found[label].append(value)
     ranked = [sorted(values, reverse=True) for values in found]
     return [math.floor(r[math.ceil(share * len(r)) - 1] * 4096) / 4096 if r else 0.0 for r in ranked]
 
 
-def dst_cbc_loop(parts: Mapping[str, nn.Module], restart: bool, power: float = 0.0) -> History:
+def dst_cbc_loop(
+    parts: Mapping[str, nn.Module], restart: bool, power: float = 0.0, turns: Sequence[int] = (0,)
+) -> History:
     """A fifth of the rounds is supervised, then come two stages of eight rounds."""
     balance = Balance(power)
     net = deepcopy(parts["s1"]).train()
@@ -215,7 +223,7 @@ def dst_cbc_loop(parts: Mapping[str, nn.Module], restart: bool, power: float = 0
         labelled, unlabelled = data(step)
         if step in (4, 12):
             labeller = deepcopy(net)
-            least = top_share(labeller, 0.5 if step == 4 else 1.0)
+            least = top_share(labeller, 0.5 if step == 4 else 1.0, turns)
             optimizers = adam(net) if restart else optimizers
         y = labelled.required_labels()
         count = (y != IGNORE).sum()
@@ -225,7 +233,7 @@ def dst_cbc_loop(parts: Mapping[str, nn.Module], restart: bool, power: float = 0
         else:
             z = net(torch.cat([labelled.images, unlabelled.images]))
             total = (pixels(z[:2], y) * by_class(weight_of, y)).sum()
-            confidence, classes = predict(labeller, unlabelled.images).max(1)
+            confidence, classes = turned(labeller, unlabelled.images, turns).max(1)
             pseudo = classes.where(unlabelled.valid & (confidence >= torch.tensor(least, dtype=EXACT)[classes]), IGNORE)
             ce = pixels(z[2:], pseudo)
             total = total + (torch.exp(-ce.detach()) ** 9 * ce * by_class(weight_of, pseudo)).sum()
@@ -244,6 +252,7 @@ CASES: list[tuple[str, dict[str, Any], Callable[[Mapping[str, nn.Module]], Histo
     ("mean_teacher", {"cap": 0.99, "class_balance": 0.5}, lambda parts: mean_teacher_loop(parts, 0.5)),
     ("cps", {"class_balance": 0.5}, lambda parts: cps_loop(parts, False, 0.5)),
     ("cps", {"cutmix": True, "weight": 1.0, "class_balance": 0.5}, lambda parts: cps_loop(parts, True, 0.5)),
+    ("dst_cbc", {"stages": 2, "start": 0.2, "label_turns": 4}, lambda parts: dst_cbc_loop(parts, True, turns=range(4))),
     ("dst_cbc", {"stages": 2, "start": 0.2, "class_balance": 0.5}, lambda parts: dst_cbc_loop(parts, True, 0.5)),
 ]
 
@@ -266,8 +275,10 @@ def test_switches_of_the_comparison_methods_make_a_difference() -> None:
     assert runs[1] != runs[2]
     assert runs[3][:4] == runs[4][:4]
     assert runs[3][5:] != runs[4][5:]
-    for plain, weighted in ((0, 5), (1, 6), (2, 7), (3, 8)):
+    for plain, weighted in ((0, 5), (1, 6), (2, 7), (3, 9)):
         assert all(a != b for a, b in zip(runs[plain], runs[weighted], strict=True))
+    assert runs[3][:4] == runs[8][:4]
+    assert runs[3][5:] != runs[8][5:]
 
 
 # ---- parts of them

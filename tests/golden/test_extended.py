@@ -463,6 +463,7 @@ def test_the_ensemble_is_the_mean_of_the_three() -> None:
         ("dctc", {"threshold": "some"}, "threshold is 'some': expected one of none, fixed, adaptive, entropy"),
         ("dctc", {"phase2_start": 1.5}, "phase2_start is a whole number of rounds, or a share of the run below 1"),
         ("dctc", {"class_balance": -1.0}, r"class_balance must lie in \[0, 1\]"),
+        ("dst_cbc", {"label_turns": 3}, "label_turns is the number of turns .*, 1, 2 or 4, got 3"),
         ("supervised", {"class_balance": 2.0}, r"class_balance must lie in \[0, 1\]"),
         ("unimatch", {"views": 0}, "views is the number of strong views, 1 or 2"),
         ("unimatch", {"confidence": 1.1}, r"confidence must lie in \[0, 1\]"),

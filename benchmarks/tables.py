@@ -211,7 +211,8 @@ def main() -> int:
         if place.runs():
             write(place, wanted.study, wanted.out)
     if len(places) > 1:
-        save(wanted.out / f"{places[0].results}_rotation.md", rotation(places, wanted.study, wanted.out))
+        usual = next(place for place in places if place.test == USUAL_TEST)  # its files are named without a tile
+        save(wanted.out / f"{usual.results}_rotation.md", rotation(places, wanted.study, wanted.out))
     return code
 
 

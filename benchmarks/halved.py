@@ -19,12 +19,18 @@ def halve(source: Path, target: Path) -> None:
 
     All of them or none: ``target`` appears when it is whole, and is then left as it is. An odd last row or column is
     squeezed into the others.
+
+    Raises:
+        FileNotFoundError: ``source`` has none.
     """
     if target.exists():
         return
     draft = target.with_name(f".{target.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
-    for file in sorted(path for path in source.rglob("*") if path.suffix in DRIVERS):
+    files = sorted(path for path in source.rglob("*") if path.suffix in DRIVERS)
+    if not files:
+        raise FileNotFoundError(f"{source}: no folder with {' or '.join(DRIVERS)} files; give that of the scenes")
+    for file in files:
         out = draft / file.relative_to(source)
         out.parent.mkdir(parents=True, exist_ok=True)
         _halve_one(file, out)

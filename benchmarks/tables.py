@@ -321,7 +321,10 @@ def make_dataset(place: Place, data: Path | None) -> None:
         settings.append(f"labelled.by={study.by}")
         scenes = place.work / f"scenes-{place.name}-halved" if study.halved else data
         if study.halved:
-            halve(data, scenes)
+            try:
+                halve(data, scenes)
+            except FileNotFoundError as error:
+                sys.exit(str(error))
     if dctc("shard", f"configs/data/{place.name}.yaml", place.dataset, "--root", scenes, *settings):
         sys.exit(1)
 

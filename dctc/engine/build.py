@@ -174,10 +174,9 @@ def prepare(config: Config, dataset: Dataset, parallel: Parallel, run: Run, stop
     updater = Updater(method.parts, _optimizer_spec(config), parallel, precision, config.parallel.offload)
     method.parts.update(updater.modules)
     schedule = _schedule(config, len(index.rows("train")))
-    try:
-        method.begin(Length(schedule.rounds, schedule.epoch))
-    except ValueError as error:
-        raise InputError(f"key method.{error}") from None
+    method.length = Length(schedule.rounds, schedule.epoch)
+    for text in method.idle_options():
+        _warn(parallel.is_main, text)
     _take_up(run, checkpoints, updater, method)
     unlabelled_rows = index.unlabelled_rows(config.data.labelled_share)
     stream = partial(training_stream, config, dataset, layout)

@@ -189,7 +189,7 @@ class Method(ABC):
         uses_unlabelled: whether the method wants the second stream at all.
         labelled_needs, unlabelled_needs: what it needs of either stream beside images and labels.
         temperature: T of the sharpened entropy that is reported.
-        length: of the run; the engine sets it before the first round, by :meth:`begin`.
+        length: of the run; the engine sets it before the first round.
         cycle: epochs after which the same kinds of rounds come again.
         memory: what the method must remember from round to round beside its parts, as JSON values; it is part of each
             checkpoint and put back before a run goes on. The same on all ranks.
@@ -207,13 +207,9 @@ class Method(ABC):
         self.length = Length()
         self.memory: dict[str, Any] = {}
 
-    def begin(self, length: Length) -> None:
-        """Learn how long the run is.
-
-        Raises:
-            ValueError: an option does not fit it; the message begins with the option's name.
-        """
-        self.length = length
+    def idle_options(self) -> list[str]:
+        """A line for each option that has been chosen and does nothing in a run of this length."""
+        return []
 
     @abstractmethod
     def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Round:

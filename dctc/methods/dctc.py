@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dctc.methods.base import Batch, Boxes, Follow, Length, Method, Needs, Round, Total, Update, inference
+from dctc.methods.base import Batch, Boxes, Follow, Method, Needs, Round, Total, Update, inference
 from dctc.methods.dctc_options import Options
 from dctc.methods.lessons import Lesson, Look, lesson_sums, looks
 from dctc.methods.losses import cross_entropy_sum, mean_prediction, pixel_count, ramp_up
@@ -103,17 +103,13 @@ class DCTC(Method):
 
         return Update(("teacher",), ("teacher",), [pixel_count(y)[None] for y in labels], sums)
 
-    def begin(self, length: Length) -> None:
-        """Learn how long the run is.
-
-        Raises:
-            ValueError: a phase would start after its end, and so never.
-        """
+    def idle_options(self) -> list[str]:
+        """Thresholds that are not asked for, phases that never start; no error, because it is how to leave one out."""
+        total, found = self.length.rounds, self.options.idle()
         for name in ("phase2_start", "phase3_start"):
-            start = rounds_of(getattr(self.options, name), length.rounds)
-            if start >= length.rounds:
-                raise ValueError(f"{name}: the run is over after {length.rounds} rounds, and this is round {start}")
-        super().begin(length)
+            if (start := rounds_of(getattr(self.options, name), total)) >= total:
+                found.append(f"method.{name} is round {start} of {total}, so that phase never starts")
+        return found
 
     def _grown(self, step: int) -> list[float]:
         """How far phases 2 and 3 have come: 0 before the start, 1 after the ramp."""

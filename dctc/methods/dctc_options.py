@@ -83,9 +83,6 @@ class Options:
         for name in ("confidence", "drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        for name, threshold in (("confidence", "fixed"), ("drop", "entropy")):
-            if getattr(self, name) != getattr(Options, name) and self.threshold != threshold:
-                raise ValueError(f"{name} is of threshold={threshold}, and threshold is {self.threshold}")
         for name in ("feature_dropout", "teacher_pull"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -99,3 +96,11 @@ class Options:
                 "teacher_pull moves the teacher towards a student, which must have the same layers: "
                 f"set attention and student_attention alike, now {self.attention} and {self.student_attention}"
             )
+
+    def idle(self) -> list[str]:
+        """What has been chosen and does nothing beside the other options; no error, because models and runs have it."""
+        return [
+            f"method.{name} does nothing: it is of threshold={threshold}, and threshold is {self.threshold}"
+            for name, threshold in (("confidence", "fixed"), ("drop", "entropy"))
+            if getattr(self, name) != getattr(Options, name) and self.threshold != threshold
+        ]

@@ -110,6 +110,12 @@ def test_scenes_at_half_of_their_resolution(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*")), "no draft stays"
 
 
+def test_a_folder_without_scenes_is_named(tmp_path: Path) -> None:
+    done = tables("dubai", "--study", "labels", "--data", tmp_path / "gone", "--work", tmp_path / "work")
+    assert done.returncode == 1
+    assert done.stderr == f"{tmp_path / 'gone'}: no folder with .jpg or .png files; give that of the scenes\n"
+
+
 def test_what_is_kept_of_runs(tmp_path: Path) -> None:
     work, archive = tmp_path / "work", tmp_path / "runs.tar.xz"
     for name, file in (("done", "report.json"), ("done", "model.safetensors"), ("begun", "config.yaml")):

@@ -138,13 +138,32 @@ def test_pseudo_labels_are_never_of_a_strong_view(dataset: Dataset, tmp_path: Pa
     assert kinds == expected
 
 
+def test_an_option_that_does_nothing_is_told(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And no more than told: models and runs of earlier versions have such options."""
+    told = {}
+    for options in ("confidence=0.9", "drop=0.3", "confidence=0.9 threshold=fixed", "drop=0.3 threshold=entropy"):
+        trainer(dataset, tmp_path, *(f"method.{option}" for option in options.split()))
+        told[options] = [line for line in capsys.readouterr().out.splitlines() if "does nothing" in line]
+    assert told == {
+        "confidence=0.9": ["warning: method.confidence does nothing: it is of threshold=fixed, and threshold is none"],
+        "drop=0.3": ["warning: method.drop does nothing: it is of threshold=entropy, and threshold is none"],
+        "confidence=0.9 threshold=fixed": [],
+        "drop=0.3 threshold=entropy": [],
+    }
+
+
 @pytest.mark.parametrize("key", ["phase2_start", "phase3_start"])
-def test_a_phase_that_would_never_start_is_refused(dataset: Dataset, tmp_path: Path, key: str) -> None:
-    words = f"key method.{key}: the run is over after 20 rounds, and this is round 20"
-    with pytest.raises(InputError, match=words):
-        trainer(dataset, tmp_path, "schedule.rounds=20", f"method.{key}=20")
-    trainer(dataset, tmp_path, "schedule.rounds=20", f"method.{key}=19")
-    trainer(dataset, tmp_path, "schedule.rounds=20", f"method.{key}=0.9")
+def test_a_phase_that_never_starts_is_told(
+    dataset: Dataset, tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {}
+    for start in ("20", "19", "0.9", "0"):
+        trainer(dataset, tmp_path, "schedule.rounds=20", f"method.{key}={start}")
+        told[start] = [line for line in capsys.readouterr().out.splitlines() if "never starts" in line]
+    expected = f"warning: method.{key} is round 20 of 20, so that phase never starts"
+    assert told == {"20": [expected], "19": [], "0.9": [], "0": []}
 
 
 @pytest.mark.parametrize(

@@ -303,11 +303,21 @@ def positive(text: str) -> int:
 
 
 def dctc(*words: object) -> int:
-    """Run a command of dctc from the repository's root, and show it first."""
+    """Run a command of dctc from the repository's root, and show it first; SIGTERM is for it, as Ctrl-C is."""
     command = [str(DCTC), *map(str, words)]
     print("$", shlex.join(["dctc", *command[1:]]), flush=True)
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return subprocess.run(command, cwd=ROOT, env=os.environ | threads, check=False).returncode
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | threads) as process:
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        code = process.wait()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return STOPPED if code == -signal.SIGTERM else code
+
+
+def must(*words: object) -> None:
+    """Run a command of dctc; where it fails, end with its exit code."""
+    if code := dctc(*words):
+        sys.exit(code)
 
 
 def make_dataset(place: Place, data: Path | None) -> None:
@@ -315,8 +325,7 @@ def make_dataset(place: Place, data: Path | None) -> None:
     study, settings = place.study, [f"tile.size={place.study.tile}", *place.split]
     if data is None or place.name == "synthetic":
         scenes = place.work / f"scenes{study.suffix}"
-        if dctc("synth", scenes, "--scenes", study.scenes[0], "--size", study.scenes[1]):
-            sys.exit(1)
+        must("synth", scenes, "--scenes", study.scenes[0], "--size", study.scenes[1])
     else:
         settings.append(f"labelled.by={study.by}")
         scenes = place.work / f"scenes-{place.name}-halved" if study.halved else data
@@ -325,8 +334,7 @@ def make_dataset(place: Place, data: Path | None) -> None:
                 halve(data, scenes)
             except FileNotFoundError as error:
                 sys.exit(str(error))
-    if dctc("shard", f"configs/data/{place.name}.yaml", place.dataset, "--root", scenes, *settings):
-        sys.exit(1)
+    must("shard", f"configs/data/{place.name}.yaml", place.dataset, "--root", scenes, *settings)
 
 
 def sweep(place: Place, table: str, jobs: int, further: list[str]) -> int:
@@ -361,8 +369,7 @@ def compared(place: Place, table: str, layout: int, out: Path) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "table.md"
         words = ("compare", place.experiment, "--sweep", table, "--table", layout)
-        if dctc(*words, "--uri", store, "--csv", cells, "--markdown", file):
-            sys.exit(1)
+        must(*words, "--uri", store, "--csv", cells, "--markdown", file)
         return [f"    {shlex.join(['dctc', *map(str, words)])}", "", file.read_text()]
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +117,20 @@ def test_a_folder_without_scenes_is_named(tmp_path: Path) -> None:
     done = tables("dubai", "--study", "labels", "--data", tmp_path / "gone", "--work", tmp_path / "work")
     assert done.returncode == 1
     assert done.stderr == f"{tmp_path / 'gone'}: no folder with .jpg or .png files; give that of the scenes\n"
+
+
+def test_sigterm_is_for_the_command_that_runs(tmp_path: Path) -> None:
+    words = [sys.executable, "-u", str(ROOT / "benchmarks" / "tables.py"), "synthetic", "--work", str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("$ dctc synth ")
+        while not any(tmp_path.rglob("*.tif")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    with pytest.raises(ProcessLookupError):  # what it started has ended too
+        os.killpg(process.pid, 0)
 
 
 def test_what_is_kept_of_runs(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dctc.config import Config, DataConfig, MethodConfig, nearest
 from dctc.data.order import LABELLED, UNLABELLED, Layout
 from dctc.engine.checkpoint import Checkpoints, Progress, latest, read_progress
 from dctc.engine.faults import occupy
-from dctc.engine.flops import peak_flops, round_flops
+from dctc.engine.flops import RunFlops, peak_flops, round_flops
 from dctc.engine.meters import Compute
 from dctc.engine.model import begin_with_weights, describe, make_method, network_spec
 from dctc.engine.parallel import Parallel
@@ -246,14 +246,17 @@ def _compute(config: Config, dataset: Dataset, parallel: Parallel, method: Metho
     return Compute(flops, peak_flops(torch.cuda.get_device_name(parallel.device), name))
 
 
-def _flops(config: Config, dataset: Dataset, method: Method) -> float | None:
-    """Operations of a round over all ranks; None, with a warning, where they cannot be counted."""
+def _flops(config: Config, dataset: Dataset, method: Method) -> RunFlops | None:
+    """Operations of the rounds over all ranks; None, with a warning, where they cannot be counted."""
     unlabelled = config.data.batch_unlabelled if method.uses_unlabelled else 0
+    rounds = method.length.rounds
+    count = partial(
+        round_flops, config.method.name, network_spec(config, dataset), config.method.options,
+        config.data.batch_labelled, unlabelled, dataset.manifest.tile_size, rounds=rounds,
+    )  # fmt: skip
+    firsts = sorted({0, *(first for first in method.changes() if first < rounds)})
     try:
-        return round_flops(
-            config.method.name, network_spec(config, dataset), config.method.options,
-            config.data.batch_labelled, unlabelled, dataset.manifest.tile_size,
-        )  # fmt: skip
+        return RunFlops({first: count(step=first) for first in firsts}, rounds)
     except Exception as error:  # a method may compute what fake tensors cannot, and train all the same
         _warn(
             True, f"the operations of a round cannot be counted, so neither can MFU ({type(error).__name__}: {error})"
@@ -285,14 +288,14 @@ def finish(trainer: Trainer, config: Config) -> None:
 
 
 def _cost(trainer: Trainer, config: Config) -> dict[str, float]:
-    """What the run took: seconds of training, memory of the fullest rank, operations of a round (on the main rank)."""
+    """Seconds of training, memory of the fullest rank and, on the main rank, mean operations of a round."""
     cost = {"perf/train_seconds": trainer.progress.seconds}
     cost["perf/peak_memory_gib"] = max(trainer.parallel.gather(peak_memory_gib(trainer.parallel.device)))
     if not trainer.parallel.is_main:
         return cost
     known = trainer.compute  # counted before the first round, on a GPU
     flops = _flops(config, trainer.watch.dataset, trainer.method) if known is None else known.flops
-    return cost if flops is None else cost | {"perf/round_gflop": flops / 1e9}
+    return cost if flops is None else cost | {"perf/round_gflop": flops.mean / 1e9}
 
 
 def settle(config: Config, device: torch.device) -> Config:

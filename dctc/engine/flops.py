@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,30 @@ FAR_ALONG = 10**9  # a round after every start and ramp of a phase
 Dtype = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
+@dataclass(frozen=True)
+class RunFlops:
+    """Floating-point operations of the rounds of a run, over all ranks.
+
+    Attributes:
+        stages: first round of a stage, from 0 and ascending -> operations of each of its rounds.
+        rounds: of the run.
+    """
+
+    stages: Mapping[int, float]
+    rounds: int
+
+    def at(self, step: int) -> float:
+        """Of this round."""
+        return self.stages[max(first for first in self.stages if first <= step)]
+
+    @property
+    def mean(self) -> float:
+        """Of a round, over the run."""
+        ends = [*list(self.stages)[1:], self.rounds]
+        spans = zip(self.stages.items(), ends, strict=True)
+        return sum(flops * (end - first) for (first, flops), end in spans) / self.rounds
+
+
 def round_flops(
     method_name: str,
     spec: NetworkSpec,
@@ -33,6 +57,7 @@ def round_flops(
     batch_unlabelled: int,
     tile: int,
     step: int = FAR_ALONG,
+    rounds: int | None = None,
 ) -> float:
     """Operations of one round, pseudo labels included; nothing is computed.
 
@@ -45,6 +70,7 @@ def round_flops(
         batch_labelled, batch_unlabelled: tiles of the round, over all ranks and micro-batches.
         tile: height and width in pixels.
         step: the round that is counted, from 0; a method may begin with fewer phases.
+        rounds: of the run, for starts that are a share of it; ``step`` where it is not given.
     """
     # No norm counts; sync refuses CPUs and batch a map of a single pixel, but a backbone keeps its own.
     spec = replace(spec, norm="batch" if spec.backbone else "group")
@@ -54,7 +80,7 @@ def round_flops(
         for module in method.parts.values():
             _without_norms(module)
             module._apply(mode.from_tensor)  # type: ignore[no-untyped-call]  # torch has no types here
-        method.length = Length(rounds=step, epoch=1)
+        method.length = Length(rounds=step if rounds is None else rounds, epoch=1)
         labelled = _batch(spec, batch_labelled, tile, method.labelled_needs, labels=True)
         unlabelled = _batch(spec, batch_unlabelled, tile, method.unlabelled_needs, labels=False)
         with FlopCounterMode(display=False) as counter:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dctc.engine.flops import RunFlops
 from dctc.engine.parallel import Parallel
 from dctc.engine.update import Losses
 from dctc.evaluation.evaluate import peak_memory_gib
@@ -24,11 +25,11 @@ class Compute:
     """What MFU is made of.
 
     Attributes:
-        flops: floating-point operations of one round over all ranks, forward and backward, nothing counted twice.
+        flops: floating-point operations of the rounds, forward and backward, nothing counted twice.
         peak: of one device in FLOP/s, None where it is not known.
     """
 
-    flops: float
+    flops: RunFlops
     peak: float | None
 
 
@@ -49,6 +50,7 @@ class Meters:
     waited: float = 0.0
     worked: float = 0.0
     skipped: int = 0
+    operations: float = 0.0
     straggler: tuple[int, str, float, float] | None = None
     started: float = field(default_factory=time.perf_counter)
     _sums: dict[str, Tensor] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class Meters:
         """One round: its updates' losses and the seconds that it waited for data."""
         self.rounds += 1
         self.waited += waited
+        self.operations += 0.0 if self.compute is None else self.compute.flops.at(step)
         for update in losses:
             self._seen.append((step, update))
             for part, norm in update.norms.items():
@@ -103,11 +106,11 @@ class Meters:
         if self.skipped:
             metrics["train/skipped_updates"] = self.skipped
         if self.compute is not None:
-            rate_of_all = self.compute.flops * self.rounds / seconds
+            rate_of_all = self.operations / seconds
             metrics["perf/tflops"] = rate_of_all / 1e12
             if self.compute.peak is not None:
                 metrics["perf/mfu"] = rate_of_all / (self.compute.peak * self.parallel.world)
-        self.rounds, self.waited, self.worked, self.skipped = 0, 0.0, 0.0, 0
+        self.rounds, self.waited, self.worked, self.skipped, self.operations = 0, 0.0, 0.0, 0, 0.0
         self.started = time.perf_counter()
         for memory in (self._sums, self._counts, self._norms):
             memory.clear()

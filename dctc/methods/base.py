@@ -211,6 +211,10 @@ class Method(ABC):
         """A line for each option that has been chosen and does nothing in a run of this length."""
         return []
 
+    def changes(self) -> list[int]:
+        """Rounds from which on a round has other work than before, in a run of this length."""
+        return []
+
     @abstractmethod
     def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Round:
         """The steps of round ``step`` (from 0), in order, over the micro-batches of both streams of this rank.

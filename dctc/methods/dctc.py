@@ -106,16 +106,21 @@ class DCTC(Method):
     def idle_options(self) -> list[str]:
         """Thresholds that are not asked for, phases that never start; no error, because it is how to leave one out."""
         total, found = self.length.rounds, self.options.idle()
-        for name in ("phase2_start", "phase3_start"):
-            if (start := rounds_of(getattr(self.options, name), total)) >= total:
-                found.append(f"method.{name} is round {start} of {total}, so that phase never starts")
+        for phase, start in zip((2, 3), self.changes(), strict=True):
+            if start >= total:
+                found.append(f"method.phase{phase}_start is round {start} of {total}, so that phase never starts")
         return found
+
+    def changes(self) -> list[int]:
+        """The rounds in which phases 2 and 3 start."""
+        return [
+            rounds_of(start, self.length.rounds) for start in (self.options.phase2_start, self.options.phase3_start)
+        ]
 
     def _grown(self, step: int) -> list[float]:
         """How far phases 2 and 3 have come: 0 before the start, 1 after the ramp."""
-        o, total = self.options, self.length.rounds
-        spans = ((o.phase2_start, o.phase2_ramp), (o.phase3_start, o.phase3_ramp))
-        return [ramp_up(step, rounds_of(start, total), rounds_of(ramp, total)) for start, ramp in spans]
+        ramps = [rounds_of(ramp, self.length.rounds) for ramp in (self.options.phase2_ramp, self.options.phase3_ramp)]
+        return [ramp_up(step, start, ramp) for start, ramp in zip(self.changes(), ramps, strict=True)]
 
     def _known(self, labelled: Sequence[Batch], labels: list[Tensor]) -> list[Lesson]:
         """The labels themselves, never sharpened."""

@@ -76,6 +76,10 @@ class DSTCBC(Method):
         start = round(self.options.start * rounds)
         return [start + stage * (rounds - start) // self.options.stages for stage in range(self.options.stages)]
 
+    def changes(self) -> list[int]:
+        """The round of the first pseudo labels."""
+        return self.first_rounds()[:1]
+
     def round(self, labelled: Sequence[Batch], unlabelled: Sequence[Batch], step: int) -> Round:
         """One update; before the first one of a stage new labels and thresholds."""
         begins = self.first_rounds()

@@ -199,7 +199,7 @@ def test_what_a_run_took(
 ) -> None:
     """Memory is of the fullest of two ranks; a method whose operations cannot be counted ends well, with a warning."""
 
-    def flops(*_: object) -> float:
+    def flops(*_: object, step: int, rounds: int) -> float:
         if not countable:
             raise RuntimeError("it reads a value back")
         return 2.5e9

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from dctc.engine.flops import peak_flops, round_flops
-from dctc.methods import method_names
+from dctc.engine.flops import FAR_ALONG, peak_flops, round_flops
+from dctc.methods import build_method, method_names
+from dctc.methods.base import Length
 from dctc.networks import NetworkSpec, network_names
 
 BANDS, CLASSES = 3, 6
@@ -49,10 +52,9 @@ def trained(forward: int, width: int, size: int) -> int:
     return (1 + BACKWARD) * forward - convolution(BANDS, width, 3, size)
 
 
-def counted(name: str, width: int = 4, size: int = 32, batches: tuple[int, int] = (1, 1), step: int | None = None,
-            **options: object) -> float:  # fmt: skip
-    steps = {} if step is None else {"step": step}
-    return round_flops(name, NetworkSpec(BANDS, CLASSES, width=width), options, *batches, size, **steps)
+def counted(name: str, width: int = 4, size: int = 32, batches: tuple[int, int] = (1, 1), step: int = FAR_ALONG,
+            rounds: int | None = None, **options: object) -> float:  # fmt: skip
+    return round_flops(name, NetworkSpec(BANDS, CLASSES, width=width), options, *batches, size, step, rounds)
 
 
 @pytest.mark.parametrize(("width", "size"), [(4, 16), (8, 48)])
@@ -77,6 +79,20 @@ def test_dctc_round_by_hand() -> None:
     assert counted("dctc", width, size, (labelled, unlabelled), step=4, **late) == phase1
     assert counted("dctc", width, size, (labelled, unlabelled), step=8, **late) == phase1 + phase2
     assert counted("dctc", width, size, (labelled, unlabelled), **late) == phase1 + phase2 + phase3, "far along"
+
+
+def test_starts_that_are_shares_of_a_run() -> None:
+    late: dict[str, Any] = {"phase2_start": 0.5, "phase3_start": 0.75}
+    phases = [counted("dctc", step=step, rounds=8, **late) for step in (3, 4, 6)]
+    assert phases == [counted("dctc", step=step, phase2_start=1, phase3_start=2) for step in (0, 1, 2)]
+    method = build_method("dctc", NetworkSpec(BANDS, CLASSES, width=4), late)
+    method.length = Length(rounds=8, epoch=1)
+    assert method.changes() == [4, 6]
+    method = build_method("dst_cbc", NetworkSpec(BANDS, CLASSES, width=4), {"start": 0.25, "stages": 3})
+    method.length = Length(rounds=8, epoch=1)
+    assert method.changes() == [2], "its later stages have the same work"
+    found = [counted("dst_cbc", start=0.25, step=step, rounds=8) for step in (1, 2, 3)]
+    assert found[0] < found[1] == found[2]
 
 
 def test_fused_students_share_the_encoder() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dctc.engine.clock import ForwardClock
+from dctc.engine.flops import RunFlops
 from dctc.engine.meters import IN_A_ROW, Compute, Meters
 from dctc.engine.parallel import Parallel
 from dctc.engine.profile import Profile
@@ -43,7 +44,8 @@ def test_means_of_losses_and_norms_leave_out_what_was_skipped() -> None:
 def test_speed_wait_and_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    meters = Meters(Parallel(), tiles_per_round=8, compute=Compute(flops=6e12, peak=30e12), started=100.0)
+    compute = Compute(RunFlops({0: 2e12, 1: 6e12, 3: 10e12}, rounds=9), peak=30e12)
+    meters = Meters(Parallel(), tiles_per_round=8, compute=compute, started=100.0)
     for step in range(4):
         meters.add(step, [losses(1.0)], waited=0.25)
     with meters.paused():
@@ -53,9 +55,10 @@ def test_speed_wait_and_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read["perf/rounds_per_s"] == pytest.approx(2.0)
     assert read["perf/tiles_per_s"] == pytest.approx(16.0)
     assert read["perf/data_wait_share"] == pytest.approx(0.5)
-    assert read["perf/tflops"] == pytest.approx(12.0)  # 4 rounds x 6e12 in 2 s
+    assert read["perf/tflops"] == pytest.approx(12.0)  # rounds 0 to 3 in 2 s
     assert read["perf/mfu"] == pytest.approx(12 / 30)
-    assert "perf/mfu" not in Meters(Parallel(), 8, compute=Compute(1.0, None)).read(0.1)
+    assert "perf/mfu" not in Meters(Parallel(), 8, compute=Compute(compute.flops, None)).read(0.1)
+    assert compute.flops.mean == pytest.approx((1 * 2e12 + 2 * 6e12 + 6 * 10e12) / 9)
 
 
 def test_the_first_loss_that_is_not_finite_is_found() -> None:

@@ -40,9 +40,9 @@ class Series:
 
 
 def figure6(comparison: Comparison) -> list[Series]:
-    """The headline score in percent over the labelled share of every row with at least two shares.
+    """The headline score in percent over the labelled share of every row: a curve, or a single mark.
 
-    Rows without (the supervised baselines) are left out, but for the U-Net with all labels, a dashed level. The paper
+    Rows with all labels alone (the supervised baselines) are left out, but for the U-Net, a dashed level. The paper
     draws its figure 6 without numbers: beside one's own stand those that it prints in table 1.
     """
     lines = []
@@ -60,7 +60,7 @@ def figure6(comparison: Comparison) -> list[Series]:
         if points and points[-1][0] == 100 and _is_unet(comparison, row):
             lines.append(Series(f"{row}, all labels", points[-1:], dashed=True))
             lines += [Series(f"{row}, all labels, paper", printed[-1:], dashed=True, printed=True)] if printed else []
-        if len(points) > 1:
+        if points and points[0][0] < 100:
             lines.append(Series(row, points))
             lines += [Series(f"{row}, paper", printed, printed=True)] if printed else []
     return lines
@@ -78,8 +78,8 @@ def _is_unet(comparison: Comparison, row: str) -> bool:
 
 
 def is_curve(lines: Sequence[Series]) -> bool:
-    """Whether there is anything to draw but levels."""
-    return any(not (line.dashed or line.printed) for line in lines)
+    """Whether there is anything to draw but levels and single marks."""
+    return any(len(line.points) > 1 and not line.printed for line in lines)
 
 
 def write_figure6(comparisons: Sequence[Comparison], path: Path) -> None:

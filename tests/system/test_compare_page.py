@@ -145,12 +145,14 @@ def test_figure_6_as_files(store: Store, tmp_path: Path) -> None:
         store.add("dctc", share, 1, s1=score + 0.02)
     store.add("supervised", "1", 0, tags={"network": "unet"}, s1=0.55)
     store.add("supervised", "1", 0, tags={"network": "u2net"}, s1=0.7)
+    store.add("unimatch", "50%", 0, s1=0.58)
     tables = compare(store.uri, store.name, beside="gid")
     assert [(line.name, line.dashed, line.printed, list(line.points)) for line in figure6(tables[0])] == [
         ("dctc, unet", False, False, [(10.0, 51.0, APART), (50.0, 61.0, APART), (100.0, 66.0, APART)]),
         ("dctc, unet, paper", False, True, [(50.0, 81.8, 0.0), (100.0, 82.1, 0.0)]),
         ("supervised, unet, all labels", True, False, [(100.0, pytest.approx(55.0), 0.0)]),
         ("supervised, unet, all labels, paper", True, True, [(100.0, 79.8, 0.0)]),
+        ("unimatch, unet", False, False, [(50.0, pytest.approx(58.0), 0.0)]),
     ]
     for name in ("figure.png", "figure.svg"):
         write_figure6(tables, tmp_path / name)

@@ -18,7 +18,8 @@ from shards.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#777777")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#777777",
+          "#7b3fa0", "#78a800", "#e0457b", "#00a3a3", "#b3412e")  # fmt: skip
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 560, 300, 50, 46, 14
 Scale = Callable[[float], float]
 

@@ -165,9 +165,10 @@ class SweepRunner:
 
     def _stop(self, number: int, _: FrameType | None) -> None:
         """Asks the runs to save and end; the second Ctrl-C ends them."""
-        self._signal(signal.SIGKILL if number == signal.SIGINT and self._asked else signal.SIGTERM)
+        again = number == signal.SIGINT and self._asked
         self._stopping = True
-        self._asked |= number == signal.SIGINT
+        self._asked |= number == signal.SIGINT  # before they are told: the second may come at once
+        self._signal(signal.SIGKILL if again else signal.SIGTERM)
 
     def _signal(self, number: int) -> None:
         for child in self._children:

@@ -157,6 +157,20 @@ while True:
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_a_ctrl_c_while_the_first_is_passed_on_is_the_second(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = SweepRunner(make(1), [], print)
+    told: list[int] = []
+
+    def tell(number: int) -> None:
+        told.append(number)
+        if len(told) == 1:
+            runner._stop(signal.SIGINT, None)
+
+    monkeypatch.setattr(runner, "_signal", tell)
+    runner._stop(signal.SIGINT, None)
+    assert told == [signal.SIGTERM, signal.SIGKILL]
+
+
 @pytest.mark.slow
 def test_runs_end_with_a_sweep_that_is_killed(make: Make, tmp_path: Path) -> None:
     make(1)

@@ -255,8 +255,9 @@ def _flops(config: Config, dataset: Dataset, method: Method) -> RunFlops | None:
         config.data.batch_labelled, unlabelled, dataset.manifest.tile_size, rounds=rounds,
     )  # fmt: skip
     firsts = sorted({0, *(first for first in method.changes() if first < rounds)})
+    lasts = [first - 1 for first in [*firsts[1:], rounds]]  # a method that names no change is counted far along
     try:
-        return RunFlops({first: count(step=first) for first in firsts}, rounds)
+        return RunFlops({first: count(step=last) for first, last in zip(firsts, lasts, strict=True)}, rounds)
     except Exception as error:  # a method may compute what fake tensors cannot, and train all the same
         _warn(
             True, f"the operations of a round cannot be counted, so neither can MFU ({type(error).__name__}: {error})"

@@ -200,6 +200,7 @@ def test_what_a_run_took(
     """Memory is of the fullest of two ranks; a method whose operations cannot be counted ends well, with a warning."""
 
     def flops(*_: object, step: int, rounds: int) -> float:
+        assert step == rounds - 1, "the last round of the only stage"
         if not countable:
             raise RuntimeError("it reads a value back")
         return 2.5e9

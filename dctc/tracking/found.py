@@ -7,10 +7,9 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dctc.tracking.remote import flatten, load_mlflow, shown
+from dctc.tracking.remote import client_of, database_of, flatten, shown
 from shards.errors import InputError
 
 if TYPE_CHECKING:
@@ -131,9 +130,10 @@ def _defaults(method: str) -> dict[str, str]:
 
 def open_client(uri: str) -> MlflowClient:
     """A client of a server or database that is there; raises :class:`InputError`."""
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    database = database_of(uri)
+    if database is not None and not database.exists():
         raise InputError(f"{uri}: no such database; train first, or set tracking.uri or MLFLOW_TRACKING_URI")
-    return load_mlflow()(tracking_uri=uri)
+    return client_of(uri)
 
 
 def _found(run: Run) -> FoundRun:

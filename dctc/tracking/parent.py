@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dctc.tracking.delivery import PENDING
-from dctc.tracking.remote import IDENTITY, Event, RemoteRun, RunSettings, load_mlflow, shown
+from dctc.tracking.remote import IDENTITY, Event, RemoteRun, RunSettings, client_of, shown
 from dctc.tracking.start import send_late
 
 PARENT_TAG = "mlflow.parentRunId"
@@ -52,7 +52,7 @@ class ParentRun:
         if known["run_id"] is None or known["tracking_uri"] != self._uri:
             return
         try:
-            client = load_mlflow()(tracking_uri=self._uri)
+            client = client_of(self._uri)
             if client.get_run(known["run_id"]).data.tags.get(PARENT_TAG) != self.run_id:
                 client.set_tag(known["run_id"], PARENT_TAG, self.run_id)
         except Exception as error:

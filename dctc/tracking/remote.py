@@ -7,6 +7,8 @@ metrics that the server has already are known by their last step and value.
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import getpass
 import json
 import logging
@@ -136,7 +138,7 @@ class RemoteRun:
 
     def connect(self) -> None:
         """Find the run or make it, log what it lacks (tags, params, dataset) and mark it running."""
-        client = load_mlflow()(tracking_uri=self._settings.uri)
+        client = client_of(self._settings.uri)
         experiment = experiment_of(client, self._settings.experiment)
         run = self._find(client, experiment) or self._create(client, experiment)
         self.run_id = run.info.run_id
@@ -248,6 +250,33 @@ def load_mlflow() -> type[MlflowClient]:
     return MlflowClient
 
 
+def client_of(uri: str) -> MlflowClient:
+    """A client of the server or database at ``uri``; one of a SQLite file is made by one process at a time.
+
+    MLflow makes the tables of a new file, and renews an older version's, without a lock: two runs that start together
+    leave a file of half the tables, which no later run can use.
+    """
+    make = load_mlflow()
+    database = database_of(uri)
+    if database is None or (database.exists() and not os.access(database.parent, os.W_OK)):
+        return make(tracking_uri=uri)
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(f"{database.name}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            logger.warning("%s: this file system has no locks: start the first run alone", database.parent)
+        return make(tracking_uri=uri)
+
+
+def database_of(uri: str) -> Path | None:
+    """The file of a ``sqlite:`` address, without its options; None for a server, or a database in memory."""
+    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(path) if uri.startswith("sqlite:///") and path not in ("", ":memory:") else None
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested values as dotted names and texts: text as it is, everything else as JSON."""
     flat: dict[str, str] = {}
@@ -305,9 +334,8 @@ def experiment_of(client: MlflowClient, name: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         # Without a server MLflow would put the files under the working directory of whoever made the experiment.
-        uri = client.tracking_uri
-        database = uri.removeprefix("sqlite:///").partition("?")[0]
-        files = (Path(database).parent / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+        database = database_of(client.tracking_uri)
+        files = (database.parent / "mlartifacts").as_uri() if database else None
         try:
             return client.create_experiment(name, artifact_location=files)
         except MlflowException as error:

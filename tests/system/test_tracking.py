@@ -169,6 +169,46 @@ def test_a_killed_process_leaves_no_gap(settings: RunSettings) -> None:
     assert [line["step"] for line in lines(settings)] == list(range(45))
 
 
+def test_runs_that_start_together_make_one_database(tmp_path: Path) -> None:
+    """MLflow alone makes the tables of a new file twice then, and leaves one that no later run can use."""
+    script = (
+        "import sys, time; from pathlib import Path; from dctc.tracking.remote import load_mlflow\n"
+        "from dctc.tracking.run import MlflowTracker, RunSettings\n"
+        "folder = Path(sys.argv[1]); load_mlflow(); (folder / 'ready').touch()\n"
+        "while not (folder.parent / 'go').exists(): time.sleep(0.001)\n"
+        "t = MlflowTracker.start(RunSettings(folder, 'together', folder.name, sys.argv[2]))\n"
+        "t.metrics({'loss': 0.5}, 0); assert t.flush(60); t.finish('FINISHED')\n"
+    )
+    uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script, str(folder), uri], stderr=subprocess.PIPE, text=True)
+        for folder in folders
+    ]
+    try:
+        end = time.monotonic() + 120
+        while not all((folder / "ready").exists() for folder in folders):
+            assert time.monotonic() < end
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.02)
+        (tmp_path / "go").touch()
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0, 0], said
+    assert not any("takes nothing" in text for text in said), said
+    assert all(not (folder / "mlflow_pending.jsonl").exists() for folder in folders)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("together")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(str(run.info.run_name) for run in runs) == ["a", "b", "c"]
+    assert all(run.data.metrics["loss"] == 0.5 for run in runs)
+
+
 def test_a_run_deleted_on_the_server_is_made_anew_with_its_history(
     settings: RunSettings, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -237,7 +237,7 @@ app.command()(suggest)
 def compare(
     experiment: Annotated[str | None, typer.Argument(metavar="[EXPERIMENT]", help="default: the only one")] = None,
     rows: Annotated[str | None, typer.Option(help="tag of the rows; default: a sweep's rows, else method")] = None,
-    cols: Annotated[str, typer.Option(help="tag of the columns")] = "share",
+    cols: Annotated[str, typer.Option(help="tag of the columns; class: the IoU of each, a table a share")] = "share",
     sweep: Annotated[str | None, typer.Option(help="only the runs of this sweep")] = None,
     number: Annotated[
         int, typer.Option("--table", min=1, max=3, help="the paper's layout: 1 and 3 methods, 2 classes")
@@ -259,8 +259,8 @@ def compare(
     Example: dctc compare synthetic-scene --sweep table1 --out table1.html
     """
     from dctc.tracking import paper
+    from dctc.tracking.compare import CLASSES, compare_by_class, compare_classes
     from dctc.tracking.compare import compare as tables_of
-    from dctc.tracking.compare import compare_classes
     from dctc.tracking.report import Files
     from dctc.tracking.run import resolve_uri
     from dctc.tracking.tables import terminal_table
@@ -271,19 +271,26 @@ def compare(
         raise InputError(f"--of {of}: is for --table 2, which has a table for each row")
     if metric != "miou" and number == 2:
         raise InputError(f"--metric {metric}: --table 2 has the IoU of each class")
+    if metric != "miou" and cols == CLASSES:
+        raise InputError(f"--metric {metric}: --cols class has the IoU of each class")
+    if number == 2 and cols == CLASSES:
+        raise InputError("--cols class: --table 2 has classes as rows; leave one of the two out")
     files = Files(report, csv, markdown, figure)
     files.check()
     server = resolve_uri(uri, runs)
-    comparisons = tables_of(server, experiment, rows=rows, cols=cols, metric=metric, sweep=sweep, beside=beside)
-    classes = []
+    columns = "share" if cols == CLASSES else cols
+    comparisons = tables_of(server, experiment, rows=rows, cols=columns, metric=metric, sweep=sweep, beside=beside)
+    classes, side_by_side = [], []
     if number == 2 or report is not None:
-        classes = compare_classes(server, experiment, rows, cols, sweep, beside, of)
-    if number == 2 and not classes:
+        classes = compare_classes(server, experiment, rows, columns, sweep, beside, of)
+    if cols == CLASSES or (report is not None and columns == "share"):
+        side_by_side = compare_by_class(server, experiment, rows, sweep, beside)
+    chosen = classes if number == 2 else side_by_side if cols == CLASSES else comparisons
+    if not chosen:
         raise InputError(f"experiment {comparisons[0].experiment!r}: no finished run has test scores by class")
-    chosen = classes if number == 2 else comparisons
     for comparison in chosen:
         out.print(terminal_table(comparison))
-    for line in files.write(server, comparisons, classes, chosen):
+    for line in files.write(server, comparisons, [*side_by_side, *classes], chosen):
         out.print(line, markup=False)
 
 

@@ -79,6 +79,7 @@ class Comparison:
         costs: row -> cost.
         runs: (row, column) -> the runs that count.
         row_order: of a table of classes: the dataset's.
+        column_order: the columns that come first.
     """
 
     experiment: str
@@ -92,6 +93,7 @@ class Comparison:
     runs: Mapping[tuple[str, str], Sequence[FoundRun]] = field(default_factory=dict)
     subject: str = ""
     row_order: tuple[str, ...] = ()
+    column_order: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -105,8 +107,9 @@ class Comparison:
 
     @property
     def columns(self) -> list[str]:
-        """Column values, shares in order of size."""
-        return sorted({column for _, _, column in self.cells}, key=order)
+        """Column values: those of ``column_order``, then shares in order of size."""
+        columns = {column for _, _, column in self.cells}
+        return sorted(columns, key=lambda column: ((*self.column_order, column).index(column), *order(column)))
 
     @property
     def rows(self) -> list[tuple[str, str]]:
@@ -201,6 +204,48 @@ def compare_classes(
         tables += [replace(table, notes=whole.notes if table is own[0] else ()) for table in own]
     if row not in (None, *names):
         raise InputError(f"no row {row!r} in experiment {found.experiment!r}; there are {', '.join(names)}")
+    return tables
+
+
+def compare_by_class(
+    uri: str,
+    experiment: str | None = None,
+    rows: str | None = None,
+    sweep: str | None = None,
+    beside: str | None = None,
+) -> list[Comparison]:
+    """IoU by class of the headlines of all rows side by side, and their mIoU: a table for each share and digest.
+
+    Notes stand at the first table of a digest.
+
+    Raises:
+        InputError: as :func:`compare`.
+    """
+    tables = []
+    for whole in _tables(find_runs(uri, experiment, sweep), _Wish(rows, "share", beside=beside)):
+        by_row = {row: _class_table(whole, row, beside) for row in dict.fromkeys(row for row, _ in whole.rows)}
+        classes = tuple(dict.fromkeys(label for table in by_row.values() for label in table.row_order))
+        own = []
+        for share in whole.columns:
+            cells = {
+                (row, net, label): cell
+                for row, table in by_row.items()
+                for (label, net, column), cell in table.cells.items()
+                if column == share
+            }
+            means = {
+                (row, net, "mIoU"): cell
+                for (row, net, column), cell in whole.cells.items()
+                if column == share and any(key[:2] == (row, net) for key in cells)
+            }
+            if cells:
+                own.append(
+                    Comparison(
+                        whole.experiment, whole.digest, "iou", (whole.axes[0], CLASSES), cells | means, (),
+                        whole.headlines, subject=f"share {share}: ", column_order=("mIoU", *classes),
+                    )
+                )  # fmt: skip
+        tables += [replace(table, notes=whole.notes if table is own[0] else ()) for table in own]
     return tables
 
 

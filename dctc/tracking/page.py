@@ -36,6 +36,7 @@ th[aria-sort=descending] button::after { content: " \\2193"; opacity: 1; }
 tr.other > * { color: color-mix(in srgb, CanvasText 62%, Canvas); }
 td.best { font-weight: 700; } small { opacity: .75; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
+.table + .charts, .panel + details, ul + .charts { margin-top: 1rem; }
 figure { margin: 0; max-width: 40rem; } figcaption { font-weight: 600; font-size: .9rem; }
 svg { width: 100%; height: auto; }
 svg text { fill: currentColor; font-size: 14px; } @media (max-width: 36rem) { svg text { font-size: 17px; } }

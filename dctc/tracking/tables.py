@@ -34,7 +34,10 @@ def terminal_table(comparison: Comparison) -> Group:
         *([COST] if costs else []),
     ):
         table.add_column(
-            Text(column), justify="right" if column in comparison.columns else "left", no_wrap=column == COST
+            Text(column),
+            justify="right" if column in comparison.columns else "left",
+            no_wrap=column == COST,
+            overflow="fold",
         )
     previous = None
     for row, net in comparison.rows:

@@ -13,7 +13,7 @@ import pytest
 from mlflow.entities import Dataset, DatasetInput
 from mlflow.tracking import MlflowClient
 
-from dctc.tracking.compare import compare, compare_classes
+from dctc.tracking.compare import compare, compare_by_class, compare_classes
 from dctc.tracking.run import resolve_uri
 from dctc.tracking.tables import write_csv
 from shards.errors import InputError
@@ -249,3 +249,30 @@ def test_classes_of_a_row(store: Store) -> None:
     assert "dctc: test IoU" in printed(table)
     with pytest.raises(InputError, match=r"no row 'cps' .*; there are dctc"):
         compare_classes(store.uri, store.name, row="cps")
+
+
+def test_classes_of_all_rows_side_by_side(store: Store) -> None:
+    """A table a share, its columns the mean and then the dataset's classes; each row's headline alone."""
+    for method, headline, share, car in (
+        ("cps", "s1", "1/2", 0.2), ("dctc", "teacher", "1/2", 0.7), ("dctc", "teacher", "1/8", 0.1)
+    ):  # fmt: skip
+        iou = {f"test/{headline}/iou/{name}": [score] for name, score in (("car", car), ("tree", 0.5))}
+        iou |= {"test/s2/iou/car": [0.99], f"test/{headline}/miou": [(car + 0.5) / 2]}
+        run = store.add(method, share, 0, metrics=iou, tags={"headline": headline})
+        store.client.log_inputs(run, [DatasetInput(Dataset("towns", "d1", "local", "{}", profile=PROFILE))])
+    store.add("unclassed", "1/2", 0, s1=0.9)
+    eighth, half = compare_by_class(store.uri, store.name)
+    assert (eighth.columns, half.columns) == (["mIoU", "tree", "car"], ["mIoU", "tree", "car"])
+    assert (eighth.rows, half.rows) == ([("dctc", "teacher")], [("cps", "s1"), ("dctc", "teacher")])
+    scores = {(row, column): cell.mean for (row, _, column), cell in half.cells.items()}
+    assert scores == pytest.approx(
+        {("cps", "mIoU"): 0.35, ("cps", "tree"): 0.5, ("cps", "car"): 0.2}
+        | {("dctc", "mIoU"): 0.6, ("dctc", "tree"): 0.5, ("dctc", "car"): 0.7}
+    )
+    assert (half.best("car"), half.best("mIoU")) == (0.7, 0.6)
+    assert "share 1/2: test IoU" in printed(half)
+
+
+def test_no_scores_by_class_is_no_table(store: Store) -> None:
+    store.add("dctc", "1/2", 0, s1=0.5)
+    assert compare_by_class(store.uri, store.name) == []

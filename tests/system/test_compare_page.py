@@ -232,17 +232,21 @@ def test_everything_as_typed(store: Store, tmp_path: Path) -> None:
     assert all(path.stat().st_size > 100 for path in files.values())
     reader = Reader()
     reader.feed(files["out"].read_text())
-    assert reader.tags.count("table") == 3, "methods, and the classes of both"
+    assert reader.tags.count("table") == 5, "methods, the classes side by side for both shares, and of both methods"
     assert "no predictions to show of 2 run(s) whose tiles.npz is not in MLflow, or cannot be read" in reader.text
     assert ("src", "data:image/png;base64,") in [(name, (value or "")[:22]) for name, value in reader.attributes]
 
     classes = type_command(store, "--table", "2", "--of", "cps", "--paper", "potsdam")
     assert "car" in classes
     assert "dctc" not in classes
+    beside = type_command(store, "--cols", "class")
+    assert all(text in beside for text in ("share 1/4: test IoU", "share 1/2: test IoU", "cps", "dctc", "30.0 (1)"))
     for arguments, message in (
         (["--paper", "berlin"], "--paper berlin: the paper has potsdam, vaihingen, gid"),
         (["--of", "cps"], "--of cps: is for --table 2"),
         (["--table", "2", "--metric", "f1"], "--metric f1: --table 2 has the IoU of each class"),
+        (["--cols", "class", "--metric", "f1"], "--metric f1: --cols class has the IoU of each class"),
+        (["--cols", "class", "--table", "2"], "--cols class: --table 2 has classes as rows"),
         (["--out", str(tmp_path / "nowhere" / "a.html")], "there is no folder"),
     ):
         with pytest.raises(InputError, match=message):

@@ -22,6 +22,11 @@ from dctc.scoring_commands import evaluate, suggest
 from dctc.terminal import out, progress_bar, show_dataset
 from shards.errors import InputError
 
+MENDED_BY_HAND = {  # errors of the system that say all there is to say, with the file's name
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.EMFILE, errno.ENFILE,
+}  # fmt: skip
+
 app = typer.Typer(
     name="dctc",
     help="Semantic segmentation of remote-sensing images from few labels: scenes -> shards -> training -> maps.",
@@ -325,11 +330,11 @@ def main() -> None:
         print(f"error: {error.message}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and (error.errno not in MENDED_BY_HAND or error.filename is None):
             raise
-        print(
-            f"error: {error.filename or 'a file'}: no space is left there: make room, and run it again", file=sys.stderr
-        )
+        reason = "no space is left there: make room, and run it again" if full else error.strerror
+        print(f"error: {error.filename or 'a file, or the standard output'}: {reason}", file=sys.stderr)
         sys.exit(2)
 
 

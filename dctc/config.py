@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from shards.errors import InputError
 from shards.manifest import parse_share
 from shards.remote import DEFAULT_BYTES, CacheSettings, is_url
+from shards.schema import without_comments
 
 COMMAND_LINE = "command line"
 
@@ -306,7 +307,7 @@ def load_config(
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """``a.b=value`` as nested mappings; the value is YAML."""
+    """``a.b=value`` as nested mappings; the value is YAML, but that ``#`` begins no comment in a text."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise InputError(f"override {text!r} is not of the form key=value, for example data.labelled_share=1/4")
@@ -314,6 +315,7 @@ def parse_override(text: str) -> dict[str, Any]:
         nested: Any = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"override {text!r}: {error}") from None
+    nested = without_comments(nested, value)
     for part in reversed(key.strip().split(".")):
         nested = {part: nested}
     return dict(nested)

@@ -87,6 +87,7 @@ def evaluate(
         raise InputError("--root and --net are for --scenes")
     from dctc.evaluation.model import evaluate_model
     from dctc.evaluation.report import write_evaluation
+    from dctc.mapping.raster import make_folder
     from shards.manifest import Dataset
 
     bundle = load_model(model, device_of(device))
@@ -97,10 +98,12 @@ def evaluate(
 
         # what cannot be scored is said at once
         whole = ScenesToScore.of(bundle, dataset, split, root or Path(), net, tta)
-    evaluation = evaluate_model(bundle, dataset, split, batch, tta=tta)
     destination = report or beside_model(model) / f"evaluation-{split}{'-tta' if tta else ''}"
+    make_folder(destination)  # before the work
+    evaluation = evaluate_model(bundle, dataset, split, batch, tta=tta)
     write_evaluation(destination, evaluation, split)
-    record: dict[str, Any] = evaluation.as_record() | {"tta": tta}
+    digests = {"dataset": dataset.digest, "trained_on": bundle.description.dataset}
+    record: dict[str, Any] = evaluation.as_record() | {"tta": tta} | digests
     if whole is not None:
         from dctc.whole_scenes.report import write_scenes
 
@@ -112,6 +115,12 @@ def evaluate(
         print(json.dumps(record, indent=1))
         return
     show_evaluation(record, bundle.headline)
+    if digests["dataset"] != digests["trained_on"]:
+        out.print(
+            f"not the dataset that the model was trained on ({digests['dataset'][:12]}, and that was "
+            f"{digests['trained_on'][:12]}): scenes of split {split} may be ones that it has learnt",
+            markup=False,
+        )
     if whole is not None:
         show_scenes(record["scenes"], tta)
     out.print(f"tables and confusion matrices in {destination}", markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,11 +45,19 @@ def apply_override(record: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
+    value = without_comments(value, text)
     *parents, last = key.strip().split(".")
     node: Any = record
     for part in parents:
         node = _child(node, part, key)
     _set(node, last, value, key)
+
+
+def without_comments(value: Any, typed: str) -> Any:
+    """``value``, which YAML makes of what was typed; a text with a number sign is what was typed and not cut there."""
+    typed = typed.strip()
+    cut = value is None or isinstance(value, str)
+    return typed if cut and re.search(r"(^|\s)#", typed) and not typed.startswith(("'", '"')) else value
 
 
 def _child(node: Any, part: str, key: str) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from dctc.engine.watch import Watch
 from dctc.evaluation.evaluate import peak_memory_gib
 from dctc.methods import Method, OptionError, parse_options
 from dctc.methods.base import Length
+from dctc.tracking.journal import write_atomically
 from shards.errors import InputError
 from shards.index import Index
 from shards.manifest import Dataset
@@ -78,6 +80,9 @@ def completed(config: Config, written: Mapping[str, Any]) -> dict[str, Any]:
     return resolve(least).result_settings() | dict(written)
 
 
+NAME_LENGTH = 255  # bytes of a folder's name, in every usual file system
+
+
 def run_folder(config: Config, dataset: Dataset) -> Path:
     """Where the run lives."""
     experiment, name = _names(config, dataset)
@@ -85,9 +90,15 @@ def run_folder(config: Config, dataset: Dataset) -> Path:
 
 
 def _names(config: Config, dataset: Dataset) -> tuple[str, str]:
-    """Of the experiment and of the run."""
+    """Of the experiment and of the run. Raises :class:`InputError` for one that names no folder."""
     experiment = config.run.experiment or f"{dataset.manifest.name}-{dataset.manifest.protocol}"
-    return experiment, config.run.name or f"{config.method.name}-{config.data.labelled_share}-s{config.run.seed}"
+    name = config.run.name or f"{config.method.name}-{config.data.labelled_share}-s{config.run.seed}"
+    for key, value in (("experiment", experiment), ("name", name)):
+        if value in (".", ".."):
+            raise InputError(f"run.{key} {value!r}: is no name of a folder, choose another")
+        if len(os.fsencode(value)) > NAME_LENGTH:
+            raise InputError(f"run.{key} {value[:40]!r}...: a folder's name has at most {NAME_LENGTH} bytes")
+    return experiment, name
 
 
 def locate(config: Config, dataset: Dataset, parallel: Parallel) -> Run:
@@ -122,23 +133,29 @@ def _resume_source(resume: str, folder: Path) -> Path | None:
 
 
 def make_folder(config: Config, run: Run, parallel: Parallel) -> None:
-    """Make the run's folder with ``config.yaml`` in it, and lock it. All ranks call it.
+    """Make the run's folder, lock it, and write ``config.yaml`` into it. All ranks call it.
 
     Raises:
-        InputError: that is not allowed, or another run is in it.
+        InputError: that is not allowed, or another run is in it, or was since :func:`locate` looked for one.
     """
+    _write(run.folder, parallel, lambda: run.folder.mkdir(parents=True, exist_ok=True))
+    occupy(run.folder, parallel)
+    if parallel.from_main(_resume_source(config.run.resume, run.folder)) != run.source:
+        raise InputError(f"{run.folder}: another process has trained there meanwhile: give the same command again")
+    text = yaml.safe_dump(config.plain(), sort_keys=False)
+    _write(run.folder, parallel, lambda: write_atomically(run.folder / "config.yaml", text.encode()))
+
+
+def _write(folder: Path, parallel: Parallel, action: Callable[[], object]) -> None:
+    """Something that one process alone does to the run's folder; raises :class:`InputError` in all of them."""
     problem = None
     if parallel.is_main:
         try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            draft = run.folder / ".config.yaml"
-            draft.write_text(yaml.safe_dump(config.plain(), sort_keys=False))
-            draft.replace(run.folder / "config.yaml")
+            action()
         except OSError as error:
             problem = error.strerror
     if (problem := parallel.from_main(problem)) is not None:
-        raise InputError(f"{run.folder}: cannot write the run's folder ({problem}); set run.output")
-    occupy(run.folder, parallel)
+        raise InputError(f"{folder}: cannot write the run's folder ({problem}); set run.output")
 
 
 def is_finished(config: Config, run: Run) -> bool:

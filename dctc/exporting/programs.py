@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -150,7 +151,9 @@ def _read_onnx(file: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _write_torch(program: ExportedProgram, file: Path, about: dict[str, str]) -> None:
-    torch.export.save(program, file, extra_files={TORCH_METADATA: json.dumps(about)})
+    buffer = io.BytesIO()  # on a full disk torch's own writer aborts the interpreter
+    torch.export.save(program, buffer, extra_files={TORCH_METADATA: json.dumps(about)})
+    file.write_bytes(buffer.getvalue())
 
 
 def _read_torch(file: Path) -> Callable[[Tensor], Tensor]:

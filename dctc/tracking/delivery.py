@@ -110,7 +110,9 @@ class Delivery:
     def save_pending(self) -> None:
         """Keep in the folder what has not arrived: the run's settings, then one event a line."""
         header = {"run": self._settings.as_json() | {"run_id": self.run_id}, "metrics": METRICS}
-        lines = [json.dumps(header), *(json.dumps(asdict(event)) for event in list(self._queue))]
+        folder = self._settings.folder.resolve()
+        events = [asdict(event) | {"file": _below(folder, event.file)} for event in list(self._queue)]
+        lines = [json.dumps(header), *map(json.dumps, events)]
         with self._writing:
             write_atomically(self._pending, ("\n".join(lines) + "\n").encode())
 
@@ -183,10 +185,18 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(reason).split())[:200] or type(reason).__name__
 
 
+def _below(folder: Path, file: str) -> str:
+    """``file`` as seen from the run's folder, which may be moved before it is sent; others as they are."""
+    path = Path(file)
+    return str(path.relative_to(folder)) if file and path.is_relative_to(folder) else file
+
+
 def load_pending(folder: Path) -> tuple[RunSettings, list[Event]] | None:
     """What ``mlflow_pending.jsonl`` in ``folder`` says has not been sent; None when there is no such file."""
     path = folder / PENDING
     if not path.exists():
         return None
     header, *events = (json.loads(line) for line in path.read_text().splitlines())
-    return RunSettings.from_json(folder, header["run"]), [Event(**event) for event in events]
+    return RunSettings.from_json(folder, header["run"]), [
+        Event(**{**event, "file": event["file"] and str(folder.resolve() / event["file"])}) for event in events
+    ]

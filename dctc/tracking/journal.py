@@ -96,7 +96,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OSError: as of the system, naming a file; nothing is left behind.
     """
-    partial = path.with_name(path.name + ".tmp")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may write the same file
     try:
         with partial.open("wb") as file:
             file.write(data)

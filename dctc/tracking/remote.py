@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import unquote
 
 from dctc.tracking.journal import Entry, write_atomically
 
@@ -273,8 +274,14 @@ def client_of(uri: str) -> MlflowClient:
 
 def database_of(uri: str) -> Path | None:
     """The file of a ``sqlite:`` address, without its options; None for a server, or a database in memory."""
-    path = uri.removeprefix("sqlite:///").partition("?")[0]
+    path = unquote(uri.removeprefix("sqlite:///").partition("?")[0])
     return Path(path) if uri.startswith("sqlite:///") and path not in ("", ":memory:") else None
+
+
+def quoted(path: Path) -> str:
+    """A file's path in an address; what needs no quotes stays as it is, so that runs know their store again."""
+    text = str(path).replace("?", "%3F")
+    return text if unquote(text) == str(path) else str(path).replace("%", "%25").replace("?", "%3F")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -344,7 +351,16 @@ def experiment_of(client: MlflowClient, name: str) -> str:
             experiment = client.get_experiment_by_name(name)  # a run beside this one was faster
     if experiment is None or experiment.lifecycle_stage != "active":
         raise RuntimeError(f"experiment {name!r} is in MLflow's bin: restore it there, or set another run.experiment")
+    _warn_of_moved(client, name, str(experiment.artifact_location))
     return str(experiment.experiment_id)
+
+
+def _warn_of_moved(client: MlflowClient, name: str, files: str) -> None:
+    """A database that was moved still says where its experiments' files were."""
+    database = database_of(client.tracking_uri)
+    own = (database.parent / "mlartifacts").as_uri() if database else files
+    if files != own and files.startswith("file:") and files.endswith("/mlartifacts"):
+        logger.warning("experiment %s keeps its files in %s, not in %s: was mlflow.db moved?", name, files, own)
 
 
 def _log_settings(client: MlflowClient, run: Run, settings: RunSettings) -> None:

@@ -42,6 +42,8 @@ class Files:
         for path in (self.page, self.cells, self.tables, self.figure):
             if path is not None and not path.parent.is_dir():
                 raise InputError(f"{path}: there is no folder {path.parent}")
+            if path is not None and path.is_dir():
+                raise InputError(f"{path}: is a folder; name a file")
 
     def write(
         self,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dctc.tracking.delivery import PENDING, Delivery, load_pending
 from dctc.tracking.journal import Journal
-from dctc.tracking.remote import DatasetRecord, Event, RunSettings
+from dctc.tracking.remote import DatasetRecord, Event, RunSettings, database_of, quoted
 from shards.errors import InputError
 from shards.manifest import Dataset
 
@@ -195,7 +195,11 @@ def resolve_uri(configured: str | None, runs: Path) -> str:
     Raises:
         InputError: when it names no server or database that MLflow can use.
     """
-    uri = configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs.resolve().parent / 'mlflow.db'}"
+    uri = (
+        configured
+        or os.environ.get("MLFLOW_TRACKING_URI")
+        or f"sqlite:///{quoted(runs.resolve().parent / 'mlflow.db')}"
+    )
     scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else uri
     if scheme not in SCHEMES:
         source = "tracking.uri" if configured else "MLFLOW_TRACKING_URI"
@@ -203,8 +207,11 @@ def resolve_uri(configured: str | None, runs: Path) -> str:
             f"{source}: {uri!r} is no MLflow server or database (MLflow 3 has no folders of files any more): "
             "write http://HOST:PORT or sqlite:///PATH/mlflow.db"
         )
-    path = uri.removeprefix("sqlite:///")
-    return f"sqlite:///{Path(path).resolve()}" if uri.startswith("sqlite:///") else uri
+    database = database_of(uri)
+    if database is None:
+        return uri
+    options = uri.partition("?")[1] + uri.partition("?")[2]
+    return f"sqlite:///{quoted(database.resolve())}{options}"
 
 
 def describe_dataset(dataset: Dataset) -> DatasetRecord:

@@ -140,7 +140,7 @@ def _write(path: Path, pixels: Ids, scene: int, stamp: str) -> None:
             target.write(np.moveaxis(pixels, -1, 0))
             target.update_tags(**{TAG: stamp})
         data = memory.read()
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")  # another call may write the same scenes
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -248,6 +248,7 @@ def test_everything_as_typed(store: Store, tmp_path: Path) -> None:
         (["--cols", "class", "--metric", "f1"], "--metric f1: --cols class has the IoU of each class"),
         (["--cols", "class", "--table", "2"], "--cols class: --table 2 has classes as rows"),
         (["--out", str(tmp_path / "nowhere" / "a.html")], "there is no folder"),
+        (["--csv", str(tmp_path)], "is a folder; name a file"),
     ):
         with pytest.raises(InputError, match=message):
             type_command(store, *arguments)

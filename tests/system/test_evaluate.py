@@ -98,6 +98,28 @@ def test_a_full_disk_is_one_message_and_leaves_no_half_file(tested: Path, tiny_d
         assert not list(out.glob("*.tmp"))
 
 
+def test_a_place_that_is_no_folder_is_told_before_the_work(tested: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("dctc", "evaluate", tested / "model.safetensors", tiny_dataset, "--out", tmp_path / "file", check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {tmp_path / 'file'}: this output folder cannot be made: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_another_dataset_than_the_models_is_told(tested: Path, tiny_dataset: Path, tmp_path: Path) -> None:
+    """Packed anew with other splits its test scenes are ones that the model has learnt."""
+    model = tested / "model.safetensors"
+    scenes, other = tiny_dataset.parent / "scenes", tmp_path / "other"
+    assert "not the dataset" not in run("dctc", "evaluate", model, tiny_dataset, "--out", tmp_path / "own").stdout
+    recipe = Path(__file__).resolve().parents[2] / "configs" / "data" / "synthetic.yaml"
+    run("dctc", "shard", recipe, other, "--root", scenes, "tile.size=32", "splits.seed=3")
+    told = " ".join(run("dctc", "evaluate", model, other, "--out", tmp_path / "scores").stdout.split())
+    assert "not the dataset that the model was trained on" in told
+    record = json.loads(run("dctc", "evaluate", model, other, "--out", tmp_path / "scores", "--json").stdout)
+    assert record["dataset"] == Dataset.open(other).digest
+    assert record["trained_on"] == Dataset.open(tiny_dataset).digest
+
+
 def test_the_run_leaves_what_it_promises(tested: Path) -> None:
     tables = ["test-classes.csv", "test-classes-ece.csv", "test-s1-calibration.csv", "test-teacher-calibration.png"]
     tables.append("test-mean-calibration-sharpened.csv")

@@ -23,6 +23,7 @@ from dctc.exporting import programs
 from dctc.methods import build_method
 from dctc.networks import NetworkSpec
 from shards.manifest import ClassInfo
+from tests.data.test_faults import small_disk
 
 NETWORKS = ("unet", "attention_unet", "u2net_small", "u2net")
 SIZES = ((1, 1, 1), (2, 16, 48), (3, 31, 70), (1, 100, 5), (1, 129, 64))
@@ -181,6 +182,16 @@ def test_a_program_that_differs_is_not_written(
     assert "2.0e-04" in message
     assert "3x4x33x50" in message
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_full_disk_is_one_message(dctc: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    """torch's own writer would abort the interpreter there."""
+    model = model_of(tmp_path)
+    with small_disk(tmp_path / "disk", 1 << 16):
+        code, message = dctc("export", model, "--format", "torch", "--out", tmp_path / "disk" / "x.pt2")
+        assert code == 2
+        assert "x.pt2: cannot be written (No space left on device)" in message
+        assert list((tmp_path / "disk").iterdir()) == []
 
 
 def test_what_cannot_be_exported_is_said_in_one_line(

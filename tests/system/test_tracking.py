@@ -15,12 +15,14 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from shutil import copyfile
 
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from dctc.tracking.remote import client_of, experiment_of
 from dctc.tracking.run import (
     DatasetRecord,
     JsonTracker,
@@ -290,6 +292,33 @@ def test_resolve_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_uri(None, Path("runs"))
 
 
+@pytest.mark.parametrize("name", ["plain #1 \u00e9", "a 50%20x", "50%25?x=1"])
+def test_a_store_is_where_its_folder_is_whatever_its_name(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    uri = resolve_uri(None, folder / "runs")
+    assert ("%" in uri) == ("%" in name or "?" in name)
+    assert resolve_uri(uri, Path("runs")) == uri
+    client = client_of(uri)
+    experiment = client.get_experiment(experiment_of(client, "odd"))
+    assert experiment.artifact_location == (folder / "mlartifacts").as_uri()
+    assert sorted(path.name for path in folder.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]  # MLflow leaves an empty folder of the quoted name
+    assert {path.parent for path in files} == {folder}
+
+
+def test_a_store_that_was_moved_is_told(tmp_path: Path, empty: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "before").mkdir()
+    copyfile(empty, tmp_path / "before" / "mlflow.db")
+    client = client_of(f"sqlite:///{tmp_path}/before/mlflow.db")
+    experiment_of(client, "towns")
+    experiment_of(client, "towns")
+    assert not caplog.records
+    (tmp_path / "before").rename(tmp_path / "after")
+    experiment_of(client_of(f"sqlite:///{tmp_path}/after/mlflow.db"), "towns")
+    assert "towns keeps its files in file://" in caplog.text
+    assert "was mlflow.db moved?" in caplog.text
+
+
 def test_git_commit(tmp_path: Path) -> None:
     assert git_commit(tmp_path) == "unknown"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@e"]
@@ -387,6 +416,8 @@ def test_server_away_at_start_and_at_the_end(
     assert pending.exists()
 
     server.start()
+    settings = replace(settings, folder=settings.folder.rename(settings.folder.with_name("moved")))
+    pending = settings.folder / pending.name
     run_id = send_pending(settings.folder)
     run = run_of(settings)
     assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")

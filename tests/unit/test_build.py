@@ -250,3 +250,23 @@ def test_the_folder_is_named_by_dataset_and_run(dataset: Dataset, tmp_path: Path
         == load_config(written(dataset, tmp_path), ["data.labelled_share=1/4"]).data.labelled_share
     )
     assert run.source is None
+
+
+def test_a_run_that_ended_while_this_one_began_is_not_trained_over(dataset: Dataset, tmp_path: Path) -> None:
+    config = load_config(written(dataset, tmp_path), ["optimizer.lr=0.5"])
+    run = locate(config, dataset, Parallel())
+    (run.folder / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (run.folder / "checkpoints" / "step-00000004" / "progress.json").write_text("{}")
+    (run.folder / "checkpoints" / "latest").write_text("step-00000004\n")
+    (run.folder / "config.yaml").write_text("the other's")
+    with pytest.raises(InputError, match="another process has trained there meanwhile: give the same command again"):
+        make_folder(config, run, Parallel())
+    assert (run.folder / "config.yaml").read_text() == "the other's"
+
+
+@pytest.mark.parametrize("key", ["run.name", "run.experiment"])
+@pytest.mark.parametrize("name", [".", "..", "\u00e9" * 128])
+def test_names_that_are_no_folders(dataset: Dataset, tmp_path: Path, key: str, name: str) -> None:
+    with pytest.raises(InputError, match=f"^{key} '"):
+        located(dataset, tmp_path, f"{key}={name}")
+    located(dataset, tmp_path, f"{key}={127 * chr(233)}")

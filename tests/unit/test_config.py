@@ -104,6 +104,11 @@ def test_numbers_as_people_write_them(folder: Path, text: str) -> None:
         ("a.b=[1, 2]", [1, 2]),
         ("a.b=x=y", "x=y"),
         ("a.b=", None),
+        ("a.b=x #2", "x #2"),
+        ("a.b=#2", "#2"),
+        ("a.b='x' #2", "x"),
+        ('a.b="x #2"', "x #2"),
+        ("a.b=3 # three", 3),
         (" a.b =true", True),
     ],
 )

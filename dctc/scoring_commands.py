@@ -87,7 +87,6 @@ def evaluate(
         raise InputError("--root and --net are for --scenes")
     from dctc.evaluation.model import evaluate_model
     from dctc.evaluation.report import write_evaluation
-    from dctc.mapping.raster import make_folder
     from shards.manifest import Dataset
 
     bundle = load_model(model, device_of(device))
@@ -99,7 +98,12 @@ def evaluate(
         # what cannot be scored is said at once
         whole = ScenesToScore.of(bundle, dataset, split, root or Path(), net, tta)
     destination = report or beside_model(model) / f"evaluation-{split}{'-tta' if tta else ''}"
-    make_folder(destination)  # before the work
+    try:
+        destination.mkdir(parents=True, exist_ok=True)  # before the work
+    except OSError as error:
+        raise InputError(
+            f"{destination}: this folder cannot be made ({error.strerror}); name another by --out"
+        ) from None
     evaluation = evaluate_model(bundle, dataset, split, batch, tta=tta)
     write_evaluation(destination, evaluation, split)
     digests = {"dataset": dataset.digest, "trained_on": bundle.description.dataset}

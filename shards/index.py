@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from zlib_ng import zlib_ng
 
-from shards.errors import InputError
+from shards.errors import AccessError, InputError
 from shards.files import file_sha256, write_atomic
 from shards.manifest import SPLITS, Dataset
 from shards.report import read_plan
@@ -126,7 +126,9 @@ def _open_column(dataset: Dataset, name: str, hashed: bool) -> Column:
         sound &= not hashed or file_sha256(path) == dataset.manifest.index.get(name)
     except FileNotFoundError:
         raise InputError(f"{path}: is missing; {_remedy(dataset)}") from None
-    except (ValueError, EOFError, OSError) as error:
+    except OSError as error:
+        raise AccessError(f"{path}: cannot be opened ({error.strerror or error})") from None
+    except (ValueError, EOFError) as error:
         raise InputError(f"{path}: cannot be read ({error}); {_remedy(dataset)}") from None
     if not sound:
         raise InputError(f"{path}: is not the column that the manifest names (damaged?); {_remedy(dataset)}")

@@ -34,7 +34,6 @@ from dctc.engine.watch import Watch
 from dctc.evaluation.evaluate import peak_memory_gib
 from dctc.methods import Method, OptionError, parse_options
 from dctc.methods.base import Length
-from dctc.tracking.journal import write_atomically
 from shards.errors import InputError
 from shards.index import Index
 from shards.manifest import Dataset
@@ -142,8 +141,13 @@ def make_folder(config: Config, run: Run, parallel: Parallel) -> None:
     occupy(run.folder, parallel)
     if parallel.from_main(_resume_source(config.run.resume, run.folder)) != run.source:
         raise InputError(f"{run.folder}: another process has trained there meanwhile: give the same command again")
-    text = yaml.safe_dump(config.plain(), sort_keys=False)
-    _write(run.folder, parallel, lambda: write_atomically(run.folder / "config.yaml", text.encode()))
+    _write(run.folder, parallel, partial(_write_config, config, run.folder))
+
+
+def _write_config(config: Config, folder: Path) -> None:
+    draft = folder / ".config.yaml"
+    draft.write_text(yaml.safe_dump(config.plain(), sort_keys=False))
+    draft.replace(folder / "config.yaml")
 
 
 def _write(folder: Path, parallel: Parallel, action: Callable[[], object]) -> None:

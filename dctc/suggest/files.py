@@ -84,7 +84,12 @@ def write_footprints(path: Path, records: Sequence[dict[str, Any]]) -> list[str]
             names.append(name + ("_without_crs" if crs is None else ""))
             _write_layer(draft, names[-1], crs, [record for record in records if record["crs"] == crs])
         draft.replace(path)
-    except (OSError, pyogrio.errors.DataSourceError) as error:
+    except (
+        OSError,
+        pyogrio.errors.DataSourceError,
+        pyogrio.errors.DataLayerError,
+        pyogrio.errors.FeatureError,
+    ) as error:
         raise InputError(f"{path}: cannot be written ({error}); choose another --out") from None
     finally:
         pyogrio.set_gdal_config_options({GDAL_DATE: before})

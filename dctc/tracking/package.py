@@ -125,14 +125,18 @@ def register_file(file: Path, net: str, name: str, uri: str) -> str:
     """
     from mlflow.exceptions import MlflowException
 
+    if any(character in name for character in "#?%"):
+        raise InputError(f"--register {name}: an address models:/NAME cannot have # ? or %, choose another name")
     client = open_client(uri)
     about = describe(file)
     content = hashlib.sha256(file.read_bytes() + net.encode()).hexdigest()[:12]
     try:
         run_id = _run_for(client, about, content)
         return register(client, name, log_model(client, run_id, file, net, f"registered/{content}"), run_id)
-    except MlflowException as error:
-        raise InputError(f"--register {name}: {shown(uri)} does not take it ({str(error).splitlines()[0]})") from None
+    except (MlflowException, OSError) as error:  # of the system: a full folder of temporary files, say
+        raise InputError(
+            f"--register {name}: {shown(uri)} does not take it ({str(error)[:300].splitlines()[0]})"
+        ) from None
 
 
 def _run_for(client: MlflowClient, about: Mapping[str, Any], content: str) -> str:

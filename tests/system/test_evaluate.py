@@ -102,7 +102,9 @@ def test_a_place_that_is_no_folder_is_told_before_the_work(tested: Path, tiny_da
     (tmp_path / "file").write_text("")
     done = run("dctc", "evaluate", tested / "model.safetensors", tiny_dataset, "--out", tmp_path / "file", check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {tmp_path / 'file'}: this output folder cannot be made: ")
+    assert done.stderr.startswith(
+        f"error: {tmp_path / 'file'}: this folder cannot be made (File exists); name another by --out"
+    )
     assert len(done.stderr.splitlines()) == 1
 
 

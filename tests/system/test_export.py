@@ -204,6 +204,7 @@ def test_what_cannot_be_exported_is_said_in_one_line(
         (("--format", "onnx", "--net", "s3"), "it has s1, s2, mean, teacher"),
         (("--format", "torch", "--out", blocked / "x.pt2"), "cannot be written"),
         (("--format", "torch", "--register", "towns"), "--format mlflow"),
+        (("--format", "mlflow", "--register", "towns #1"), "--register towns #1: an address models:/NAME cannot have"),
     ]
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     cases.append((("--format", "onnx"), "[onnx]"))

@@ -21,6 +21,7 @@ from dctc.suggest.files import _corners, write_footprints
 from shards.index import Index, tile_name
 from shards.manifest import Dataset
 from shards.tiles import read_tile
+from tests.data.test_faults import small_disk
 from tests.tiny import ROOT, run, write_config
 
 RECIPE = ROOT / "configs" / "data" / "synthetic.yaml"
@@ -221,6 +222,29 @@ def test_what_cannot_be(tiny_dataset: Path, tiny_model: Path, tmp_path: Path, mo
     assert done.returncode == 2
     assert said in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_message(tiny_dataset: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1 << 16):
+        (tmp_path / "disk" / "fill").write_bytes(bytes(48_000))
+        out = tmp_path / "disk" / "next.gpkg"
+        done = run(
+            "dctc",
+            "suggest",
+            tiny_dataset,
+            tiny_model,
+            "--budget",
+            "9",
+            "--labelled-share",
+            "1/8",
+            "--out",
+            out,
+            check=False,
+        )
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert f"error: {out}: cannot be written" in done.stderr
+        assert [path.name for path in out.parent.iterdir()] == ["fill"]
 
 
 def test_a_layer_for_each_crs(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ LAST = "cli"  # the user's door: may import every room, and is imported by none
 
 SHARDS_FOR_DCTC = {"codec", "errors", "index", "lifetime", "manifest", "remote", "stopping"}
 SHARDS_FOR_ROOM = {
-    "config": {"errors", "manifest", "remote"},
+    "config": {"errors", "manifest", "remote", "schema"},
     "tracking": {"errors", "manifest"},
     "arguments": {"errors"},
     "terminal": {"manifest", "summary"},

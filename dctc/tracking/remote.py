@@ -259,10 +259,13 @@ def client_of(uri: str) -> MlflowClient:
     """
     make = load_mlflow()
     database = database_of(uri)
-    if database is None or (database.exists() and not os.access(database.parent, os.W_OK)):
+    if database is None:
         return make(tracking_uri=uri)
+    lock_file = database.with_name(f"{database.name}.lock")
+    if database.exists() and not os.access(lock_file if lock_file.exists() else database.parent, os.W_OK):
+        return make(tracking_uri=uri)  # another user's, to be read
     database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(f"{database.name}.lock").open("a") as lock:
+    with lock_file.open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:

@@ -264,7 +264,7 @@ def compare(
     Example: dctc compare synthetic-scene --sweep table1 --out table1.html
     """
     from dctc.tracking import paper
-    from dctc.tracking.compare import CLASSES, compare_by_class, compare_classes
+    from dctc.tracking.compare import CLASSES, compare_classes, side_by_side
     from dctc.tracking.compare import compare as tables_of
     from dctc.tracking.report import Files
     from dctc.tracking.run import resolve_uri
@@ -285,17 +285,17 @@ def compare(
     server = resolve_uri(uri, runs)
     columns = "share" if cols == CLASSES else cols
     comparisons = tables_of(server, experiment, rows=rows, cols=columns, metric=metric, sweep=sweep, beside=beside)
-    classes, side_by_side = [], []
+    classes, beside_each_other = [], []
     if number == 2 or report is not None:
         classes = compare_classes(server, experiment, rows, columns, sweep, beside, of)
     if cols == CLASSES or (report is not None and columns == "share"):
-        side_by_side = compare_by_class(server, experiment, rows, sweep, beside)
-    chosen = classes if number == 2 else side_by_side if cols == CLASSES else comparisons
+        beside_each_other = side_by_side(comparisons, beside)
+    chosen = classes if number == 2 else beside_each_other if cols == CLASSES else comparisons
     if not chosen:
         raise InputError(f"experiment {comparisons[0].experiment!r}: no finished run has test scores by class")
     for comparison in chosen:
         out.print(terminal_table(comparison))
-    for line in files.write(server, comparisons, [*side_by_side, *classes], chosen):
+    for line in files.write(server, comparisons, [*beside_each_other, *classes], chosen):
         out.print(line, markup=False)
 
 

@@ -13,6 +13,13 @@ from dctc.terminal import out, progress_bar, show_evaluation, show_scenes
 from shards.errors import InputError
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: this folder cannot be made ({error.strerror}); name another by --out") from None
+
+
 def suggest(
     folder: Annotated[str, typer.Argument(metavar="DATASET", help="folder or URL")],
     model: Model,
@@ -98,12 +105,7 @@ def evaluate(
         # what cannot be scored is said at once
         whole = ScenesToScore.of(bundle, dataset, split, root or Path(), net, tta)
     destination = report or beside_model(model) / f"evaluation-{split}{'-tta' if tta else ''}"
-    try:
-        destination.mkdir(parents=True, exist_ok=True)  # before the work
-    except OSError as error:
-        raise InputError(
-            f"{destination}: this folder cannot be made ({error.strerror}); name another by --out"
-        ) from None
+    _make(destination)  # before the work
     evaluation = evaluate_model(bundle, dataset, split, batch, tta=tta)
     write_evaluation(destination, evaluation, split)
     digests = {"dataset": dataset.digest, "trained_on": bundle.description.dataset}

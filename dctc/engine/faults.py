@@ -140,7 +140,7 @@ def explain(error: BaseException, parallel: Parallel, config: Config) -> str | N
     if isinstance(error, CheckpointError | FloatingPointError):
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = error.filename or "a file, or the standard output"
+        where = error.filename or f"{config.run.output}, or the standard output"
         return f"{where}: no space is left there: make room; the same command goes on from the latest checkpoint"
     if _out_of_memory(error):
         return _remedies(parallel, config)

@@ -207,25 +207,16 @@ def compare_classes(
     return tables
 
 
-def compare_by_class(
-    uri: str,
-    experiment: str | None = None,
-    rows: str | None = None,
-    sweep: str | None = None,
-    beside: str | None = None,
-) -> list[Comparison]:
-    """IoU by class of the headlines of all rows side by side, and their mIoU: a table for each share and digest.
+def side_by_side(tables: Sequence[Comparison], beside: str | None = None) -> list[Comparison]:
+    """IoU by class of the headlines of all rows, and their score: of tables by share a table for each share.
 
-    Notes stand at the first table of a digest.
-
-    Raises:
-        InputError: as :func:`compare`.
+    Notes stand at the first one of a digest. Rows whose runs have no scores by class are left out.
     """
-    tables = []
-    for whole in _tables(find_runs(uri, experiment, sweep), _Wish(rows, "share", beside=beside)):
+    found = []
+    for whole in tables:
         by_row = {row: _class_table(whole, row, beside) for row in dict.fromkeys(row for row, _ in whole.rows)}
         classes = tuple(dict.fromkeys(label for table in by_row.values() for label in table.row_order))
-        own = []
+        notes = whole.notes
         for share in whole.columns:
             cells = {
                 (row, net, label): cell
@@ -233,20 +224,19 @@ def compare_by_class(
                 for (label, net, column), cell in table.cells.items()
                 if column == share
             }
-            means = {
-                (row, net, "mIoU"): cell
-                for (row, net, column), cell in whole.cells.items()
-                if column == share and any(key[:2] == (row, net) for key in cells)
+            if not cells:
+                continue
+            scores = {
+                (row, net, whole.measure): whole.cells[row, net, share] for row, net in {key[:2] for key in cells}
             }
-            if cells:
-                own.append(
-                    Comparison(
-                        whole.experiment, whole.digest, "iou", (whole.axes[0], CLASSES), cells | means, (),
-                        whole.headlines, subject=f"share {share}: ", column_order=("mIoU", *classes),
-                    )
-                )  # fmt: skip
-        tables += [replace(table, notes=whole.notes if table is own[0] else ()) for table in own]
-    return tables
+            found.append(
+                Comparison(
+                    whole.experiment, whole.digest, "iou", (whole.axes[0], CLASSES), cells | scores, notes,
+                    whole.headlines, subject=f"share {share}: ", column_order=(whole.measure, *classes),
+                )
+            )  # fmt: skip
+            notes = ()
+    return found
 
 
 def _tables(found: Found, wish: _Wish) -> list[Comparison]:

@@ -13,7 +13,7 @@ import pytest
 from mlflow.entities import Dataset, DatasetInput
 from mlflow.tracking import MlflowClient
 
-from dctc.tracking.compare import compare, compare_by_class, compare_classes
+from dctc.tracking.compare import compare, compare_classes, side_by_side
 from dctc.tracking.run import resolve_uri
 from dctc.tracking.tables import write_csv
 from shards.errors import InputError
@@ -261,7 +261,7 @@ def test_classes_of_all_rows_side_by_side(store: Store) -> None:
         run = store.add(method, share, 0, metrics=iou, tags={"headline": headline})
         store.client.log_inputs(run, [DatasetInput(Dataset("towns", "d1", "local", "{}", profile=PROFILE))])
     store.add("unclassed", "1/2", 0, s1=0.9)
-    eighth, half = compare_by_class(store.uri, store.name)
+    eighth, half = side_by_side(compare(store.uri, store.name))
     assert (eighth.columns, half.columns) == (["mIoU", "tree", "car"], ["mIoU", "tree", "car"])
     assert (eighth.rows, half.rows) == ([("dctc", "teacher")], [("cps", "s1"), ("dctc", "teacher")])
     scores = {(row, column): cell.mean for (row, _, column), cell in half.cells.items()}
@@ -275,4 +275,4 @@ def test_classes_of_all_rows_side_by_side(store: Store) -> None:
 
 def test_no_scores_by_class_is_no_table(store: Store) -> None:
     store.add("dctc", "1/2", 0, s1=0.5)
-    assert compare_by_class(store.uri, store.name) == []
+    assert side_by_side(compare(store.uri, store.name)) == []

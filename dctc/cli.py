@@ -264,8 +264,9 @@ def compare(
     Example: dctc compare synthetic-scene --sweep table1 --out table1.html
     """
     from dctc.tracking import paper
-    from dctc.tracking.compare import CLASSES, compare_classes, side_by_side
     from dctc.tracking.compare import compare as tables_of
+    from dctc.tracking.compare import compare_classes, side_by_side
+    from dctc.tracking.comparison import CLASSES
     from dctc.tracking.report import Files
     from dctc.tracking.run import resolve_uri
     from dctc.tracking.tables import terminal_table

@@ -7,7 +7,7 @@ from pathlib import Path
 from mlflow.tracking import MlflowClient
 from rich.console import Console
 
-from dctc.tracking.compare import Comparison
+from dctc.tracking.comparison import Comparison
 from dctc.tracking.tables import terminal_table
 
 

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dctc.tracking.compare import Comparison
+from dctc.tracking.comparison import Comparison
 from dctc.tracking.journal import write_atomically
 from shards.errors import InputError
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dctc.tracking.charts import Series
-from dctc.tracking.compare import Comparison
+from dctc.tracking.comparison import Comparison
 from dctc.tracking.found import FoundRun, open_client
 from dctc.tracking.page import History
 

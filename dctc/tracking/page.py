@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dctc.tracking.charts import Series, figure6, is_curve, svg
-from dctc.tracking.compare import Comparison, order
+from dctc.tracking.comparison import Comparison, order
 from dctc.tracking.journal import write_atomically
 
 # A browser loads nothing from elsewhere, whatever the page says.

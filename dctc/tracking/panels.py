@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from dctc.tracking.compare import Comparison
+from dctc.tracking.comparison import Comparison
 from dctc.tracking.figures import panel
 from dctc.tracking.found import FoundRun, open_client
 from shards.manifest import ClassInfo

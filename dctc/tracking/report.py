@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dctc.tracking.charts import write_figure6
-from dctc.tracking.compare import Comparison
+from dctc.tracking.comparison import Comparison
 from dctc.tracking.histories import histories
 from dctc.tracking.page import Extras, write_page
 from dctc.tracking.panels import panels

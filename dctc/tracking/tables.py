@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from dctc.tracking.compare import Comparison, Cost
+from dctc.tracking.comparison import Comparison, Cost
 from dctc.tracking.journal import write_atomically
 
 COST = "a run"  # heading of what a run takes

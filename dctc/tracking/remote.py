@@ -254,8 +254,9 @@ def load_mlflow() -> type[MlflowClient]:
 def client_of(uri: str) -> MlflowClient:
     """A client of the server or database at ``uri``; one of a SQLite file is made by one process at a time.
 
-    MLflow makes the tables of a new file, and renews an older version's, without a lock: two runs that start together
-    leave a file of half the tables, which no later run can use.
+    MLflow makes the tables of a new file, and renews an older version's, step by step and without a lock: two runs that
+    start together, or one that is killed then, leave a file of half the tables, which no later run can use. So a new
+    file gets its name when it is whole.
     """
     make = load_mlflow()
     database = database_of(uri)
@@ -272,6 +273,11 @@ def client_of(uri: str) -> MlflowClient:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
             logger.warning("%s: this file system has no locks: start the first run alone", database.parent)
+        if not database.exists():
+            draft = database.with_name(f".{database.name}.new")
+            draft.unlink(missing_ok=True)  # of a process that was killed
+            make(tracking_uri=f"sqlite:///{quoted(draft)}")
+            draft.replace(database)
         return make(tracking_uri=uri)
 
 

@@ -211,6 +211,22 @@ def test_runs_that_start_together_make_one_database(tmp_path: Path) -> None:
     assert all(run.data.metrics["loss"] == 0.5 for run in runs)
 
 
+def test_a_new_database_is_whole_whenever_its_maker_is_killed(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    draft = tmp_path / ".mlflow.db.new"
+    script = f"from dctc.tracking.remote import client_of; client_of({uri!r})"
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 120
+        while not (draft.exists() and draft.stat().st_size):
+            assert time.monotonic() < end
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+    assert not (tmp_path / "mlflow.db").exists()
+    assert len(client_of(uri).search_experiments()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
+
+
 def test_a_run_deleted_on_the_server_is_made_anew_with_its_history(
     settings: RunSettings, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from dctc.tracking.journal import METRICS, Entry, read_entries, write_atomically
-from dctc.tracking.remote import METRICS_PER_BATCH, Event, Refused, RemoteRun, RunSettings, load_mlflow, shown
+from dctc.tracking.remote import METRICS_PER_BATCH, Event, Refused, RemoteRun, RunSettings, shown
+from dctc.tracking.store import load_mlflow
 
 logger = logging.getLogger("dctc.tracking")
 

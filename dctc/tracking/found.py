@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from dctc.tracking.remote import client_of, database_of, flatten, shown
+from dctc.tracking.remote import flatten, shown
+from dctc.tracking.store import client_of, database_of
 from shards.errors import InputError
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dctc.tracking.found import open_client
-from dctc.tracking.remote import load_mlflow, shown
+from dctc.tracking.remote import shown
+from dctc.tracking.store import load_mlflow
 from shards.errors import InputError
 
 if TYPE_CHECKING:

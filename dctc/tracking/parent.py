@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dctc.tracking.delivery import PENDING
-from dctc.tracking.remote import IDENTITY, Event, RemoteRun, RunSettings, client_of, shown
+from dctc.tracking.remote import IDENTITY, Event, RemoteRun, RunSettings, shown
 from dctc.tracking.start import send_late
+from dctc.tracking.store import client_of
 
 PARENT_TAG = "mlflow.parentRunId"
 

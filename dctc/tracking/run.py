@@ -17,7 +17,8 @@ from pathlib import Path
 
 from dctc.tracking.delivery import PENDING, Delivery, load_pending
 from dctc.tracking.journal import Journal
-from dctc.tracking.remote import DatasetRecord, Event, RunSettings, database_of, quoted
+from dctc.tracking.remote import DatasetRecord, Event, RunSettings
+from dctc.tracking.store import database_of, quoted
 from shards.errors import InputError
 from shards.manifest import Dataset
 

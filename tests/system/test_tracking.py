@@ -22,7 +22,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from dctc.tracking.remote import client_of, experiment_of
+from dctc.tracking.remote import experiment_of
 from dctc.tracking.run import (
     DatasetRecord,
     JsonTracker,
@@ -34,6 +34,7 @@ from dctc.tracking.run import (
     resolve_uri,
     send_pending,
 )
+from dctc.tracking.store import client_of
 from shards.errors import InputError
 
 DIGEST = "0123456789abcdef" * 4
@@ -174,7 +175,7 @@ def test_a_killed_process_leaves_no_gap(settings: RunSettings) -> None:
 def test_runs_that_start_together_make_one_database(tmp_path: Path) -> None:
     """MLflow alone makes the tables of a new file twice then, and leaves one that no later run can use."""
     script = (
-        "import sys, time; from pathlib import Path; from dctc.tracking.remote import load_mlflow\n"
+        "import sys, time; from pathlib import Path; from dctc.tracking.store import load_mlflow\n"
         "from dctc.tracking.run import MlflowTracker, RunSettings\n"
         "folder = Path(sys.argv[1]); load_mlflow(); (folder / 'ready').touch()\n"
         "while not (folder.parent / 'go').exists(): time.sleep(0.001)\n"
@@ -214,7 +215,7 @@ def test_runs_that_start_together_make_one_database(tmp_path: Path) -> None:
 def test_a_new_database_is_whole_whenever_its_maker_is_killed(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     draft = tmp_path / ".mlflow.db.new"
-    script = f"from dctc.tracking.remote import client_of; client_of({uri!r})"
+    script = f"from dctc.tracking.store import client_of; client_of({uri!r})"
     with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL) as process:
         end = time.monotonic() + 120
         while not (draft.exists() and draft.stat().st_size):

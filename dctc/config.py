@@ -75,6 +75,7 @@ class DataConfig(_Section):
     batch_labelled: Count = 4
     batch_unlabelled: Count = 4
     augment: Literal["none", "flips", "weak", "strong"] = "none"
+    photometry: Annotated[float, Field(ge=0, le=1)] = 1.0  # amount of what strong views change beside geometry
     cutmix: bool = False  # of the labelled stream: each tile with a box of its partner's in the batch
     order: Literal["auto", "global", "block"] = "auto"
     mix: Count = 64  # order block: shards that are shuffled together

@@ -45,6 +45,7 @@ class View:
         seed, stream: key of the randomness, with a sample's stream position.
         number: tells several views of one sample apart; their photometry differs.
         geometry: whose geometry it has; None is its own.
+        photometry: the amount of photometry of ``strong``, in [0, 1].
     """
 
     kind: Kind
@@ -52,6 +53,7 @@ class View:
     stream: int
     number: int = 0
     geometry: int | None = None
+    photometry: float = 1.0
 
     def __call__(
         self, images: Tensor, valid: Tensor, labels: Tensor | None, positions: Tensor
@@ -92,7 +94,7 @@ class View:
         words = augmentation_words(self.seed, self.stream, positions.numpy(), 4 + PHOTOMETRIC_WORDS, self.number)
         if self.kind == "noise":
             return add_noise(images, valid, words[:, 4:], NOISE), valid
-        return distort(images, valid, words[:, 4:])
+        return distort(images, valid, words[:, 4:], self.photometry)
 
 
 def _each(tensor: Tensor, symmetries: list[int]) -> Tensor:

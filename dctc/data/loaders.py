@@ -148,6 +148,7 @@ class TrainingStream:
         substitute: read another tile of ``rows`` in place of a damaged one (:class:`TileDataset`), saying so once.
         prefetch: batches that each worker holds ready.
         views, view_kind: photometric views of each sample beside the image itself.
+        photometry: the amount of photometry of all that is ``strong``.
         boxes: CutMix boxes for the method to mix with, drawn for each view; None where it needs none.
         numbered: give each sample a random number.
         damaged: the damaged rows met so far.
@@ -169,6 +170,7 @@ class TrainingStream:
     cutmix: bool = False
     views: int = 0
     view_kind: Literal["strong", "noise"] = "strong"
+    photometry: float = 1.0
     boxes: BoxSpec | None = None
     numbered: bool = False
     damaged: set[int] = field(default_factory=set, compare=False)
@@ -230,12 +232,14 @@ class TrainingStream:
     def _to_device(self, raw: RawBatch, *, normaliser: Normaliser, device: torch.device) -> StreamBatch:
         images, valid, labels = (raw[k].to(device, non_blocking=True) for k in ("images", "valid", "labels"))
         truth = torch.where(valid, labels.long(), IGNORE) if self.labels else None
-        view, positions = View(self.augment, self.seed, self.number), raw["positions"]
+        view, positions = View(self.augment, self.seed, self.number, photometry=self.photometry), raw["positions"]
         placed, seen, truth = view.place(normaliser(images, valid), valid, truth, positions)
         images, valid = view.colour(placed, seen, positions)
         if truth is not None and self.augment == "strong":
             truth = torch.where(valid, truth, IGNORE)
-        others = [View(self.view_kind, self.seed, self.number, k + 1) for k in range(self.views)]
+        others = [
+            View(self.view_kind, self.seed, self.number, k + 1, photometry=self.photometry) for k in range(self.views)
+        ]
         shown = [other.colour(placed, seen, positions) for other in others]
         partner = None
         if self.cutmix or self.boxes is not None:

@@ -1,14 +1,17 @@
 """Brightness, contrast, gamma, bands, blur, noise and cutout for images of any number of bands.
 
 Images are normalised (mean 0, deviation 1 over the dataset), so all amounts are in standard deviations. In this order,
-with u the sample's numbers in [0, 1):
+with u the sample's numbers in [0, 1) and s the amount, 1 unless it is said (``data.photometry``):
 
-- contrast and brightness: (0.6 + 0.8 u) x + (u - 1/2);
-- gamma: sign(x) |x|^g, g = 0.7 * 2^u;
-- for each band a gain 0.8 + 0.4 u and an offset 0.4 (u - 1/2);
-- in half of the samples a Gaussian blur over the valid pixels, deviation 0.1 + 1.9 u pixels;
-- in half of the samples noise of deviation 0.1 u;
-- in half of the samples a square box of at most a quarter of the area is cut out: it is no longer valid.
+- contrast and brightness: (1 + s (0.8 u - 0.4)) x + s (u - 1/2);
+- gamma: sign(x) |x|^g, g = (0.7 * 2^u)^s;
+- for each band a gain 1 + s (0.4 u - 0.2) and an offset 0.4 s (u - 1/2);
+- in half of the samples a Gaussian blur over the valid pixels, deviation 0.1 + 1.9 s u pixels;
+- in half of the samples noise of deviation 0.1 s u;
+- in half of the samples a square box of at most a quarter of the area, its side times s, is cut out: it is no longer
+  valid.
+
+At s = 0 nothing is left of it: the deviation of the blur is then a tenth of a pixel.
 """
 
 from __future__ import annotations
@@ -24,29 +27,31 @@ _RADIUS = 4  # pixels of the blur's kernel to each side
 _MASK = 0xFFFFFFFF
 
 
-def distort(images: Tensor, valid: Tensor, words: NDArray[np.uint64]) -> tuple[Tensor, Tensor]:
+def distort(images: Tensor, valid: Tensor, words: NDArray[np.uint64], amount: float = 1.0) -> tuple[Tensor, Tensor]:
     """Distorted images float32 [B,C,S,S], 0 where not valid, and what is valid of them [B,S,S].
 
     Args:
         words: random words [B,WORDS].
+        amount: s of above, in [0, 1].
     """
     device = images.device
     host = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
     keys = torch.from_numpy((words[:, -2:] >> np.uint64(32)).astype(np.int64)).to(device, non_blocking=True)
     u = torch.from_numpy(host.astype(np.float32)).to(device, non_blocking=True)
-    x = images * (0.6 + 0.8 * u[:, 0, None, None, None]) + (u[:, 1, None, None, None] - 0.5)
-    exponent = 0.7 * 2.0 ** u[:, 2, None, None, None]
+    s = amount
+    x = images * (1 - 0.4 * s + 0.8 * s * u[:, 0, None, None, None]) + s * (u[:, 1, None, None, None] - 0.5)
+    exponent = 0.7**s * 2.0 ** (s * u[:, 2, None, None, None])
     x = x.sign() * (x.abs().log() * exponent).exp()  # pow() rounds as threads and sizes divide the work
     bands = _hashed(torch.arange(2 * x.shape[1], device=device)[None], keys[:, :1]).view(len(x), 2, -1, 1, 1)
-    x = x * (0.8 + 0.4 * bands[:, 0]) + 0.4 * (bands[:, 1] - 0.5)
+    x = x * (1 - 0.2 * s + 0.4 * s * bands[:, 0]) + 0.4 * s * (bands[:, 1] - 0.5)
     x = torch.where(valid[:, None], x, 0.0)
     seen = valid[:, None].float()
-    both = _blurred(torch.cat([x, seen], dim=1), 0.1 + 1.9 * u[:, 4])  # of valid pixels alone
+    both = _blurred(torch.cat([x, seen], dim=1), 0.1 + 1.9 * s * u[:, 4])  # of valid pixels alone
     smooth = both[:, :-1] / both[:, -1:].clamp(min=1e-6)
     x = torch.where((u[:, 3] < 0.5)[:, None, None, None], smooth, x)
-    amount = torch.where(u[:, 5] < 0.5, 0.1 * u[:, 6], 0.0)
-    x = x + amount[:, None, None, None] * _noise(x, keys[:, 1])
-    valid = valid & ~_box(u[:, 7:11], x.shape[-1])
+    deviation = torch.where(u[:, 5] < 0.5, 0.1 * s * u[:, 6], 0.0)
+    x = x + deviation[:, None, None, None] * _noise(x, keys[:, 1])
+    valid = valid & ~_box(u[:, 7:11], x.shape[-1], s)
     return torch.where(valid[:, None], x, 0.0), valid
 
 
@@ -91,9 +96,9 @@ def _bits(counter: Tensor, key: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _box(u: Tensor, size: int) -> Tensor:
+def _box(u: Tensor, size: int, amount: float) -> Tensor:
     """The box that is cut out, bool [B,S,S]; none where u0 >= 1/2."""
-    side = torch.where(u[:, 0] < 0.5, (size / 2 * u[:, 1].sqrt()).floor(), 0.0)
+    side = torch.where(u[:, 0] < 0.5, (amount * size / 2 * u[:, 1].sqrt()).floor(), 0.0)
     axis = torch.arange(size, device=u.device)
     first = [(u[:, k] * (size - side + 1)).floor()[:, None] for k in (2, 3)]
     down, across = ((axis >= start) & (axis < start + side[:, None]) for start in first)

@@ -27,7 +27,7 @@ from dctc.engine.preempt import StopRequest
 from dctc.engine.profile import Profile
 from dctc.engine.recompute import recompute_blocks
 from dctc.engine.schedule import Schedule
-from dctc.engine.streams import training_stream, watched_rows
+from dctc.engine.streams import idle_data, training_stream, watched_rows
 from dctc.engine.trainer import Every, Trainer
 from dctc.engine.update import OptimizerSpec, Updater
 from dctc.engine.watch import Watch
@@ -196,7 +196,7 @@ def prepare(config: Config, dataset: Dataset, parallel: Parallel, run: Run, stop
     method.parts.update(updater.modules)
     schedule = _schedule(config, len(index.rows("train")))
     method.length = Length(schedule.rounds, schedule.epoch)
-    for text in method.idle_options():
+    for text in [*method.idle_options(), *idle_data(config, method)]:
         _warn(parallel.is_main, text)
     _take_up(run, checkpoints, updater, method)
     unlabelled_rows = index.unlabelled_rows(config.data.labelled_share)

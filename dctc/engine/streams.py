@@ -12,11 +12,19 @@ from dctc.data.augment import BoxSpec
 from dctc.data.loaders import TrainingStream
 from dctc.data.order import LABELLED, Indices, Layout
 from dctc.engine.watch import PROBE_TILES
-from dctc.methods.base import Needs
+from dctc.methods.base import Method, Needs
 from shards.index import Index
 from shards.manifest import Dataset
 
 HALF = Fraction(1, 2)
+
+
+def idle_data(config: Config, method: Method) -> list[str]:
+    """A line for each key of ``data`` that has been chosen and does nothing for this method."""
+    viewed = any(needs.views and needs.kind == "strong" for needs in (method.labelled_needs, method.unlabelled_needs))
+    if config.data.photometry == 1 or config.data.augment == "strong" or viewed:
+        return []
+    return ["data.photometry does nothing: it is of data.augment=strong and of methods with strong views"]
 
 
 def training_stream(
@@ -44,6 +52,7 @@ def training_stream(
         prefetch=config.data.prefetch,
         views=needs.views,
         view_kind=needs.kind,
+        photometry=config.data.photometry,
         boxes=None if needs.boxes is None else BoxSpec(**asdict(needs.boxes)),
         numbered=needs.keys,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from dctc.data.augment import (
 )
 from dctc.data.geometry import rescale
 from dctc.data.order import augmentation_words
+from dctc.data.photometry import distort
 
 IGNORE = 255
 KINDS: list[Kind] = ["none", "flips", "weak", "strong"]
@@ -136,6 +139,50 @@ def test_photometry_is_finite_moderate_and_keeps_what_is_not_valid_at_zero() -> 
     assert (valid & ~seen).float().mean() < 0.25
     assert strong.abs().max() < 100
     assert not torch.equal(strong[1], images[1])
+
+
+def lowbias32(counter: int, key: int) -> float:
+    """A number in [0, 1) for a counter and a key, in Python's own integers."""
+    x = (counter * 0x9E3779B1 + key) % 2**32
+    for multiplier, shift in ((0x7FEB352D, 16), (0x846CA68B, 15)):
+        x = ((x ^ (x >> shift)) * multiplier) % 2**32
+    return (x ^ (x >> 16)) / 2**32
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.25, 1.0])
+def test_the_amount_of_photometry_scales_each_of_its_parts(amount: float) -> None:
+    """The formulas of the module, by Python's floats; the sample's words leave out blur, noise and box."""
+    u = [0.9, 0.2, 0.8, *[0.99] * 9]
+    words = (np.array([u]) * 2**53).astype(np.uint64) << np.uint64(11)
+    key = int(words[0, -2] >> np.uint64(32))
+    pixels = [-2.0, -0.5, 0.0, 0.7]
+    image = torch.tensor(pixels).reshape(1, 1, 2, 2).repeat(1, 2, 1, 1)
+    shown, seen = distort(image, torch.ones(1, 2, 2, dtype=torch.bool), words, amount)
+    assert seen.all()
+    for band in (0, 1):
+        gain, offset = (lowbias32(2 * kind + band, key) for kind in (0, 1))
+        for pixel, value in zip(pixels, shown[0, band].flatten().tolist(), strict=True):
+            x = pixel * (1 + amount * (0.8 * u[0] - 0.4)) + amount * (u[1] - 0.5)
+            x = math.copysign(abs(x) ** ((0.7 * 2 ** u[2]) ** amount), x)
+            x = x * (1 + amount * (0.4 * gain - 0.2)) + 0.4 * amount * (offset - 0.5)
+            assert value == pytest.approx(x, abs=1e-5)
+
+
+def test_no_photometry_leaves_the_tiles_alone_and_more_of_it_changes_more() -> None:
+    images, valid, _ = batch(32, 64, bands=3)
+    positions = torch.arange(32)
+    changes, lost = [], []
+    for amount in (0.0, 0.3, 0.6, 1.0):
+        shown, seen = View("strong", 0, 0, photometry=amount).colour(images, valid, positions)
+        apart = ((shown - images).abs() * seen[:, None]).flatten(1).sum(dim=1) / seen.flatten(1).sum(dim=1)
+        changes.append(float(apart.mean()))
+        lost.append(float((valid & ~seen).float().mean()))
+    assert changes[0] < 1e-5
+    assert lost[0] == 0
+    assert changes == sorted(changes)
+    assert lost == sorted(lost)
+    assert lost[2] > 0
+    assert changes[1] > 0.02
 
 
 def test_blur_takes_nothing_from_pixels_without_data() -> None:

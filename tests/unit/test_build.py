@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,6 +153,31 @@ def test_an_option_that_does_nothing_is_told(
         "confidence=0.9 threshold=fixed": [],
         "drop=0.3 threshold=entropy": [],
     }
+
+
+def test_the_amount_of_photometry_is_that_of_all_strong_views(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the method's and of labelled tiles; where there is none, the key is told to do nothing."""
+    changed, told = {}, {}
+    for amount in (0, 0.5, 1):
+        for setting in ("data.augment=strong", "method.views=1", "data.augment=flips"):
+            built = trainer(dataset, tmp_path, f"data.photometry={amount}", setting)
+            told[amount, setting] = "data.photometry does nothing" in capsys.readouterr().out
+            assert built.unlabelled is not None
+            first = [
+                next(built.batches(range(1), torch.device("cpu")))[0] for built in (built.labelled, built.unlabelled)
+            ]
+            if first[1].views:
+                apart = first[1].views[0] - first[1].images
+            else:
+                plain = replace(built.labelled, augment="weak" if setting == "data.augment=strong" else "flips")
+                apart = first[0].images - next(plain.batches(range(1), torch.device("cpu")))[0].images
+            changed[amount, setting] = float(apart.abs().mean())
+    for setting in ("data.augment=strong", "method.views=1"):
+        assert changed[0, setting] < 1e-5
+        assert 0.01 < changed[0.5, setting] < changed[1, setting]
+    assert told == {case: case in {(0, "data.augment=flips"), (0.5, "data.augment=flips")} for case in told}
 
 
 @pytest.mark.parametrize("key", ["phase2_start", "phase3_start"])

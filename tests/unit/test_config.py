@@ -275,7 +275,7 @@ FREE = {
 }  # fmt: skip
 DECIDING = {
     "data.labelled_share": "1/4", "data.batch_labelled": 8, "data.batch_unlabelled": 8, "data.augment": "flips",
-    "data.cutmix": True, "data.order": "block", "data.mix": 8,
+    "data.photometry": 0.5, "data.cutmix": True, "data.order": "block", "data.mix": 8,
     "network.name": "other", "network.width": 8, "network.backbone": "resnet18", "network.weights": "w.pth",
     "network.norm": "group",
     "method.name": "supervised",

@@ -208,6 +208,8 @@ def sweep(
     from dctc.sweep.run import SweepRunner, is_done
 
     plan = choose(load_sweep(file, overrides or []), row or [], share or [], seed or [])
+    for twin, other in plan.twins.items() if not row else ():
+        out.print(f"row {twin!r} is left out: with these settings it is the same as {other!r}", markup=False)
     if dry_run:
         for number, run in enumerate(plan.chosen, 1):
             state = "finished" if is_done(run) else "begun" if run.folder.exists() else ""

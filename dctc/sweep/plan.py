@@ -100,7 +100,8 @@ class Sweep:
     """A sweep and its runs, in the order of the seeds, then the rows, then the shares: the first seed's table is whole
     before the next one begins.
 
-    ``overrides`` are those of the command line. ``chosen`` are the runs that are wanted now, of all ``runs``.
+    ``overrides`` are those of the command line. ``chosen`` are the runs that are wanted now, of all ``runs``. ``twins``
+    are the rows that the overrides make the same as an earlier row: its name is beside theirs.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Sweep:
     runs: tuple[PlannedRun, ...]
     overrides: tuple[str, ...]
     chosen: tuple[PlannedRun, ...]
+    twins: Mapping[str, str]
 
     @property
     def folder(self) -> Path:
@@ -129,14 +131,15 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         InputError: naming the file, the row and the key.
     """
     plan = _read(path)
-    runs: list[PlannedRun] = []
+    by_row: list[tuple[Row, list[PlannedRun]]] = []
     known = _Known()
     _must_leave(overrides, COMMAND_LINE)
     for row in plan.rows:
         try:
-            runs += _runs(plan, row, path, overrides, known)
+            by_row.append((row, list(_runs(plan, row, path, overrides, known))))
         except InputError as error:
             raise InputError(f"{path}: row {row.row!r}: {error.message}") from None
+    runs = [run for _, of_row in by_row for run in of_row]
     if len(digests := {run.dataset for run in runs}) > 1:
         raise InputError(
             f"{path}: its rows have {len(digests)} datasets ({', '.join(known.datasets)}); make a sweep for each"
@@ -153,16 +156,21 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         seen.add(run.folder)
     seeds = list(dict.fromkeys(run.config.run.seed for run in runs))
     runs.sort(key=lambda run: seeds.index(run.config.run.seed))
-    return Sweep(plan.name, path, tuple(runs), tuple(overrides), tuple(runs))
+    return Sweep(plan.name, path, tuple(runs), tuple(overrides), tuple(runs), _twins(by_row))
 
 
 def choose(sweep: Sweep, rows: Sequence[str] = (), shares: Sequence[str] = (), seeds: Sequence[int] = ()) -> Sweep:
-    """The sweep with the runs of these rows, shares and seeds alone; none of a kind chooses all of it.
+    """The sweep with the runs of these rows, shares and seeds alone; none of a kind chooses all of it, but for twins.
 
     Raises:
-        InputError: naming what the sweep does not have.
+        InputError: naming what the sweep does not have, or a row whose name would be wrong.
     """
-    chosen = list(sweep.runs)
+    if wrong := next((row for row in rows if row in sweep.twins), None):
+        raise InputError(
+            f"--row {wrong}: with the settings of the command line it is the same as {sweep.twins[wrong]!r}: choose "
+            "that row, or leave the setting away that takes what sets them apart"
+        )
+    chosen = [run for run in sweep.runs if run.row not in sweep.twins]
     kinds: list[tuple[str, Sequence[Any], Callable[[PlannedRun], Any]]] = [
         ("--row", rows, lambda run: run.row),
         ("--share", [parse_share(share) for share in shares], lambda run: run.config.data.labelled_share),
@@ -259,6 +267,28 @@ def _runs(plan: SweepFile, row: Row, path: Path, overrides: Sequence[str], known
             folder = run_folder(config, dataset)
             known.check_weights(config, dataset, folder)
             yield PlannedRun(row.row, config, dataset.digest, file, (*settings, *overrides, *own), folder)
+
+
+def _twins(by_row: Sequence[tuple[Row, Sequence[PlannedRun]]]) -> dict[str, str]:
+    """Rows that differ in the file and are the same runs as an earlier row's: name -> the name of that one."""
+    twins: dict[str, str] = {}
+    first: dict[str, Row] = {}
+    for row, runs in by_row:
+        keys = [_all_but_names(run) for run in runs]
+        earlier = {first[key].row: first[key] for key in keys if key in first}
+        if len(earlier) == 1 and all(key in first for key in keys) and _said(row) != _said(*earlier.values()):
+            twins[row.row] = next(iter(earlier))
+        first |= {key: row for key in keys if key not in first}
+    return twins
+
+
+def _all_but_names(run: PlannedRun) -> str:
+    kept = {k: v for k, v in run.config.flat().items() if k != "run.name" and not k.startswith("tracking.tags")}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _said(row: Row) -> tuple[str, Settings, int]:
+    return row.config, row.settings, row.times
 
 
 def _longer(schedule: ScheduleConfig, times: int) -> list[str]:

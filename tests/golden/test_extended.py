@@ -343,7 +343,7 @@ CASES: dict[str, dict[str, Any]] = {
     "the preset": {
         "cutmix": True, "label_turns": 4, "pseudo_label": "soft", "sharpen": "none", "teacher_pull": 0.02,
         "attention": False, "update": "fused", "phase2_start": 0.1, "phase2_ramp": 0.2, "phase3_start": 0.2,
-        "phase3_ramp": 0.2,
+        "phase3_ramp": 0.2, "class_balance": 0.5,
     } | LABELS,
     "all": {
         "views": 2, "cutmix": True, "feature_dropout": 0.25, "threshold": "adaptive", "class_balance": 0.5,

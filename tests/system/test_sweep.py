@@ -187,6 +187,30 @@ def test_a_part_of_a_sweep(configs: Path) -> None:
             choose(whole, **keys)
 
 
+def test_rows_that_the_command_line_makes_one_are_run_once(configs: Path) -> None:
+    """Or a table shows a run twice, once under a name that says what it is not."""
+    rows = [
+        {"row": "CPS", "config": "cps.yaml"},
+        {"row": "weights", "config": "cps.yaml", "set": {"method.class_balance": 0.5}},
+        {"row": "light", "config": "cps.yaml", "set": {"method.weight": 1.0}},
+        {"row": "again", "config": "cps.yaml"},
+        {"row": "longer", "config": "cps.yaml", "times": 2},
+    ]
+    sweep = write(configs, rows=rows, seeds=[0, 1])
+    assert len(dry_run(sweep)) == 20, "what is twice in the file is meant so"
+    lines = dry_run(sweep, "method.class_balance=0.5")
+    assert lines[0] == "row 'weights' is left out: with these settings it is the same as 'CPS'"
+    assert [line.split(" ")[1] for line in lines[1:5]] == ["CPS", "CPS", "light", "light"]
+    assert len(lines) == 1 + 16
+    lines = dry_run(sweep, "method.weight=1", "method.class_balance=0.5")
+    assert [line.split("'")[1] for line in lines[:2]] == ["weights", "light"]
+    assert len(lines) == 2 + 12
+    whole = load_sweep(sweep, ["method.class_balance=0.5"])
+    assert [run.row for run in choose(whole, rows=["CPS"]).chosen] == ["CPS"] * 4
+    with pytest.raises(InputError, match=r"--row weights: with the settings .* it is the same as 'CPS'"):
+        choose(whole, rows=["weights"])
+
+
 def test_settings_of_a_sweep_are_read_as_those_of_a_config(configs: Path) -> None:
     rows = [{"row": "Größe 1", "config": "cps.yaml", "set": {"method": {"weight": "VALUE"}}}]
     sweep = write(configs, set={"tracking.tags": {"mine": "1"}, "run.experiment": "DAY"}, rows=rows)

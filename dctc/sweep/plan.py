@@ -156,7 +156,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         seen.add(run.folder)
     seeds = list(dict.fromkeys(run.config.run.seed for run in runs))
     runs.sort(key=lambda run: seeds.index(run.config.run.seed))
-    return Sweep(plan.name, path, tuple(runs), tuple(overrides), tuple(runs), _twins(by_row))
+    return Sweep(plan.name, path, tuple(runs), tuple(overrides), tuple(runs), _twins(by_row, overrides))
 
 
 def choose(sweep: Sweep, rows: Sequence[str] = (), shares: Sequence[str] = (), seeds: Sequence[int] = ()) -> Sweep:
@@ -269,15 +269,20 @@ def _runs(plan: SweepFile, row: Row, path: Path, overrides: Sequence[str], known
             yield PlannedRun(row.row, config, dataset.digest, file, (*settings, *overrides, *own), folder)
 
 
-def _twins(by_row: Sequence[tuple[Row, Sequence[PlannedRun]]]) -> dict[str, str]:
-    """Rows that differ in the file and are the same runs as an earlier row's: name -> the name of that one."""
+def _twins(by_row: Sequence[tuple[Row, Sequence[PlannedRun]]], overrides: Sequence[str]) -> dict[str, str]:
+    """Rows that an override makes the same as an earlier one: name -> the name of that one.
+
+    Rows that are the same without it are meant so: a default beside the values that it is compared with.
+    """
     twins: dict[str, str] = {}
     first: dict[str, Row] = {}
     for row, runs in by_row:
         keys = [_all_but_names(run) for run in runs]
         earlier = {first[key].row: first[key] for key in keys if key in first}
-        if len(earlier) == 1 and all(key in first for key in keys) and _said(row) != _said(*earlier.values()):
-            twins[row.row] = next(iter(earlier))
+        if len(earlier) == 1 and all(key in first for key in keys):
+            name, other = next(iter(earlier.items()))
+            if any(_touches(text, key) for text in overrides for key in {*row.settings, *other.settings}):
+                twins[row.row] = name
         first |= {key: row for key in keys if key not in first}
     return twins
 
@@ -287,8 +292,10 @@ def _all_but_names(run: PlannedRun) -> str:
     return json.dumps(kept, sort_keys=True, default=str)
 
 
-def _said(row: Row) -> tuple[str, Settings, int]:
-    return row.config, row.settings, row.times
+def _touches(override: str, key: str) -> bool:
+    """Whether ``key=value`` sets ``key``, or a part of it, or what it is a part of."""
+    said = override.partition("=")[0].strip()
+    return f"{key}.".startswith(f"{said}.") or f"{said}.".startswith(f"{key}.")
 
 
 def _longer(schedule: ScheduleConfig, times: int) -> list[str]:

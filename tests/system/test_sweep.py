@@ -198,6 +198,13 @@ def test_rows_that_the_command_line_makes_one_are_run_once(configs: Path) -> Non
     ]
     sweep = write(configs, rows=rows, seeds=[0, 1])
     assert len(dry_run(sweep)) == 20, "what is twice in the file is meant so"
+    default = [
+        {"row": "CPS", "config": "cps.yaml"},
+        {"row": "1.5", "config": "cps.yaml", "set": {"method.weight": 1.5}},
+    ]
+    sweep = write(configs, rows=default)
+    assert len(dry_run(sweep, "schedule.rounds=4")) == 4, "a value that is the default has a row of its own"
+    sweep = write(configs, rows=rows, seeds=[0, 1])
     lines = dry_run(sweep, "method.class_balance=0.5")
     assert lines[0] == "row 'weights' is left out: with these settings it is the same as 'CPS'"
     assert [line.split(" ")[1] for line in lines[1:5]] == ["CPS", "CPS", "light", "light"]

@@ -9,14 +9,15 @@
 equal rounds, 4 + 4 tiles of 128 px. `--study labels` is the sweeps `extended` and `ablation` (docs/fewer_labels.md):
 width 16, tiles of 64 px, long enough that the U-Net gains from labels. Dubai is at half of its resolution there, and of
 its labels whole images are drawn, as people label them: single tiles all over the place leave the U-Net little to gain.
-`--rounds N` is a study at another length, filed apart. FOLDER holds the scenes of the Dubai dataset ("Tile 1", "Tile
-2", ...); without it that half says that it is skipped. DIR keeps scenes, datasets and runs: the same command goes on,
-what is finished is not run again. `--compare` writes the tables of what is there, `--sweeps` runs some of a study's,
-further words (`--seed 0 --share 1/8 --row U-Net`) a part of each sweep, as for `dctc sweep`. `--test` rotates Dubai's
-test tile; the other tiles train, each but for its part 009, which validates. `--test all` works through the tiles, then
-shows them in one table. `--keep FILE.tar.xz` writes the finished runs' reports and curves (not their weights) into an
-archive, and takes up that archive where DIR is new: a study may take several days and machines. The peers are the rows;
-the limit is the U-Net with all labels.
+All rows of `labels` have Adam without weight decay, as in the paper; `--study decay` is the same with AdamW and a
+decay of 0.5. `--rounds N` is a study at another length, filed apart. FOLDER holds the scenes of the Dubai dataset
+("Tile 1", "Tile 2", ...); without it that half says that it is skipped. DIR keeps scenes, datasets and runs: the same
+command goes on, what is finished is not run again. `--compare` writes the tables of what is there, `--sweeps` runs
+some of a study's, further words (`--seed 0 --share 1/8 --row U-Net`) a part of each sweep, as for `dctc sweep`.
+`--test` rotates Dubai's test tile; the other tiles train, each but for its part 009, which validates. `--test all`
+works through the tiles, then shows them in one table. `--keep FILE.tar.xz` writes the finished runs' reports and
+curves (not their weights) into an archive, and takes up that archive where DIR is new: a study may take several days
+and machines. The peers are the rows; the limit is the U-Net with all labels.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -60,6 +61,7 @@ class Study:
         halved: Dubai's scenes are.
         settings: of all runs.
         tables: the sweep of which runs, and in which layout.
+        filed: ends the name of its experiment, and of its folder of runs.
     """
 
     title: str
@@ -71,6 +73,7 @@ class Study:
     halved: bool
     settings: tuple[str, ...]
     tables: tuple[tuple[str, int], ...]
+    filed: str = "scene"
 
     @property
     def sweeps(self) -> list[str]:
@@ -79,6 +82,9 @@ class Study:
 
 
 BATCHES = ("data.batch_labelled=4", "data.batch_unlabelled=4", "run.checkpoint_every=0")
+PLAIN = ("optimizer.name=adam", "optimizer.weight_decay=0")
+DECAY = ("optimizer.name=adamw", "optimizer.weight_decay=0.5")
+LABELS = ("network.width=16", "schedule.rounds=4000", *BATCHES, "run.pictures_every=0", "evaluation.every=1000")
 STUDIES = {
     "paper": Study(
         "Tables 1 to 3, reduced", "tables", "", (12, 512), 128, "tile", False,
@@ -86,11 +92,17 @@ STUDIES = {
         (("table1", 1), ("table1", 2), ("table3", 3)),
     ),
     "labels": Study(
-        "Fewer labels", "labels", "-64", (64, 256), 64, "scene", True,
-        ("network.width=16", "schedule.rounds=4000", *BATCHES, "run.pictures_every=0", "evaluation.every=1000"),
+        "Fewer labels", "labels", "-64", (64, 256), 64, "scene", True, (*LABELS, *PLAIN),
         (("extended", 1), ("extended", 2), ("ablation", 1)),
     ),
 }  # fmt: skip
+STUDIES["decay"] = replace(
+    STUDIES["labels"],
+    title="Fewer labels, with weight decay",
+    stem="decay",
+    settings=(*LABELS, *DECAY),
+    filed="decay",
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +128,7 @@ class Place:
     @property
     def experiment(self) -> str:
         """As runs on it are filed."""
-        return f"{self.called}-scene{self._length}"
+        return f"{self.called}-{self.study.filed}{self._length}"
 
     @property
     def settings(self) -> list[str]:

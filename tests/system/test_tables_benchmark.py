@@ -64,6 +64,18 @@ def test_another_length_is_filed_apart(tmp_path: Path) -> None:
     assert usual.dataset == longer.dataset
 
 
+def test_weight_decay_is_filed_apart_and_all_else_is_the_same(tmp_path: Path) -> None:
+    plain, decay = (Place("synthetic", None, STUDIES[name], tmp_path, 50) for name in ("labels", "decay"))
+    assert [text for text in plain.settings if text not in decay.settings] == [
+        "optimizer.name=adam", "optimizer.weight_decay=0"
+    ]  # fmt: skip
+    assert [text for text in decay.settings if text not in plain.settings] == [
+        "optimizer.name=adamw", "optimizer.weight_decay=0.5"
+    ]  # fmt: skip
+    assert (decay.results, decay.folder.name) == ("decay_synthetic_50", "synthetic-decay-50")
+    assert (decay.dataset, decay.study.tables) == (plain.dataset, plain.study.tables)
+
+
 def test_each_test_tile_in_turn(tmp_path: Path) -> None:
     places = [Place("dubai", test, STUDIES["labels"], tmp_path, 50) for test in DUBAI]
     assert [place.results for place in places] == [f"labels_dubai{x}_50" for x in ("-1", "-2", "-5", "-6", "")]

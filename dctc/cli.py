@@ -91,14 +91,16 @@ def shard(
     except KeyboardInterrupt:
         print(f"stopped: {folder} keeps what is finished; run the same command again to go on", file=sys.stderr)
         raise typer.Exit(75) from None
-    contact_sheet(dataset, picture or folder / PREVIEW)
+    sheet = picture or folder / PREVIEW
+    if picture is not None or not sheet.exists():  # packing anew removes it; a finished dataset may be read-only
+        contact_sheet(dataset, sheet)
     if as_json:
         print(json.dumps(summarize(dataset) | {"report": asdict(dataset.report)}, indent=1))
         return
     show_dataset(dataset)
     for line in dataset.report.lines():
         out.print(line, markup=False)
-    out.print(f"contact sheet {picture or folder / PREVIEW}", markup=False)
+    out.print(f"contact sheet {sheet}", markup=False)
 
 
 @app.command()

@@ -94,3 +94,21 @@ def test_a_summary_and_a_picture(hamlet: Path, tmp_path: Path) -> None:
     assert "32 tiles of 2 scenes (0 without label) in 2 shards" in done.stdout
     assert f"contact sheet {tmp_path}/set/preview.png" in done.stdout
     assert Image.open(tmp_path / "set/preview.png").size[0] > 512
+
+
+def test_a_finished_dataset_is_not_written_to(hamlet: Path, tmp_path: Path) -> None:
+    """It may lie in a folder that can be read alone; a picture elsewhere is drawn, and a lost one drawn again."""
+    shard(tmp_path / "set", "--root", hamlet, "tile.size=64")
+
+    def states() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in [tmp_path / "set", *(tmp_path / "set").rglob("*")]}
+
+    before = states()
+    again = shard(tmp_path / "set", "--root", hamlet, "tile.size=64")
+    assert f"contact sheet {tmp_path}/set/preview.png" in again.stdout
+    shard(tmp_path / "set", "--root", hamlet, "tile.size=64", "--picture", tmp_path / "sheet.png")
+    assert states() == before
+    assert (tmp_path / "sheet.png").read_bytes() == (tmp_path / "set/preview.png").read_bytes()
+    (tmp_path / "set/preview.png").unlink()
+    shard(tmp_path / "set", "--root", hamlet, "tile.size=64")
+    assert (tmp_path / "sheet.png").read_bytes() == (tmp_path / "set/preview.png").read_bytes()

@@ -5,6 +5,9 @@ PYTHON ?= python3.11 python3.12 python3.13 python3
 # One more than two cores: tests of signals, servers and processes that end wait a quarter of their time.
 PYTEST_ARGS ?= -n 3 --dist worksteal
 
+# Of `make test-matrix`: all of it, or one of N parts of equal size, written K/N.
+PART ?= 1/1
+
 # Sizes of the demo.
 DEMO_SCENES ?= 12
 DEMO_SIZE ?= 512
@@ -56,7 +59,7 @@ test: $(VENV)/installed-dev ## the test suite
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-matrix: $(VENV)/installed-dev ## what takes longer: all strategies against one process, crashes by the dozen
-	@$(BIN)/python -m pytest -m matrix -n 2 --dist worksteal
+	@$(BIN)/python -m pytest -m matrix -n 2 --dist worksteal --part $(PART)
 
 lint: $(VENV)/installed-dev ## style: ruff, and hadolint for the Dockerfile
 	@$(BIN)/ruff check .

@@ -29,9 +29,47 @@ def _turn(item: pytest.Item) -> tuple[int, int]:
     return int(item.get_closest_marker("slow") is not None), place
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class _AtOnce:
+    """Tells what failed when it fails, and not at the end alone: a run that is stopped by its limit has no end."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._plugins = config.pluginmanager
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._plugins.get_plugin("terminalreporter")  # absent in xdist's workers
+        if report.failed and terminal is not None:
+            terminal.ensure_newline()
+            terminal.write_line(f"failed in {report.when}, {report.duration:.0f} s: {report.nodeid}")
+            terminal.write_line(report.longreprtext[-2000:])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--part K/N``: one of N parts of equal size."""
+    parser.addoption(
+        "--part", metavar="K/N", default="1/1", help="run every Nth test of those chosen, from the Kth (1 to N) on"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """See ``_AtOnce``."""
+    config.pluginmanager.register(_AtOnce(config))
+
+
+def part_of(items: list[pytest.Item], part: str) -> list[pytest.Item]:
+    """Every Nth of ``items`` from the Kth on; ``part`` is ``K/N``, K from 1 to N."""
+    number, _, parts = part.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise pytest.UsageError(f"--part {part}: write K/N with 1 <= K <= N, such as 1/4")
+    return items[int(number) - 1 :: int(parts)]
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run slow tests last, and within both halves the folders from the quickest kind to the slowest."""
     items.sort(key=_turn)
+    kept = part_of(items, config.getoption("--part"))
+    config.hook.pytest_deselected(items=sorted(set(items).difference(kept), key=items.index))
+    items[:] = kept
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,7 +1,7 @@
 """Every strategy trains the same as one process, and each of them goes on from a checkpoint of any other.
 
 The matrix {none, ddp, fsdp2, zero1, zero2, zero3} x {accumulation 1, 4} x {clipping on, off} x {SGD, AdamW} is marked
-``matrix``: `.ci/run` runs all of it for dctc and two combinations for each other method, `make test` one a strategy.
+``matrix``: all of it for dctc, two combinations for each other method; `make test` has ddp alone (test_parity.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tests.tiny import ROOT, launch_together, losses, make_dataset, run, write_config
 
+pytestmark = pytest.mark.timeout(900)  # each starts several pairs of processes; slow machines take thrice as long
 STRATEGIES = ("none", "ddp", "fsdp2", "zero1", "zero2", "zero3")
 METHODS = ("mean_teacher", "cps", "dst_cbc")  # another method joins the matrix by its name here
 # The extended preset with all that needs the other ranks' counts, or moves a part without an update.
@@ -152,22 +153,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, small_dataset: Path) -> Runs:
     return Runs(tmp_path_factory.mktemp("matrix"), small_dataset)
 
 
-@pytest.mark.slow
-@pytest.mark.matrix
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
-def test_a_strategy_equals_one_process(runs: Runs, strategy: str) -> None:
-    """SGD, because Adam hides a wrong scale of the gradient. (ddp: test_parity.py; the others: the matrix.)"""
-    case = Case("dctc", "sgd", 0.5, 4)
-    runs.of("none", [replace(case, seed=seed, accumulation=1) for seed in SEEDS])  # a start costs more than three runs
-    runs.of(strategy, [replace(case, seed=seed) for seed in SEEDS])
-    must_equal_one_process(runs, strategy, [case])
-
-
 @pytest.mark.matrix
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_matrix(runs: Runs, strategy: str) -> None:
+    """SGD too, because Adam hides a wrong scale of the gradient."""
     must_equal_one_process(runs, strategy, CASES)
 
 
@@ -213,7 +203,6 @@ LAID_OUT = ["ddp", "fsdp2", "zero2", "zero3"]
 
 
 @pytest.mark.matrix
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("strategy", "variant"), VARIANTS)
 def test_what_only_saves_memory_or_looks_changes_nothing(runs: Runs, strategy: str, variant: str) -> None:
     case = Case("dctc", "sgd", 0.5, 1)
@@ -233,7 +222,6 @@ def test_channels_last_trains_everywhere(runs: Runs, strategy: str) -> None:
 
 
 @pytest.mark.matrix
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_every_network_trains_as_in_one_process(runs: Runs, strategy: str) -> None:
     """Gates, and losses on seven outputs of one pass.
@@ -245,7 +233,6 @@ def test_every_network_trains_as_in_one_process(runs: Runs, strategy: str) -> No
 
 
 @pytest.mark.matrix
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_lower_precision_is_the_same_in_every_strategy_that_has_it(runs: Runs, dtype: str) -> None:
     """Gradients are exchanged in float32 by all of them; a lower precision there would show as 1e-3."""
@@ -262,7 +249,6 @@ def test_lower_precision_is_the_same_in_every_strategy_that_has_it(runs: Runs, d
 
 
 @pytest.mark.matrix
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("strategy", ["none", "ddp", "fsdp2"])
 def test_compiled_parts_train_the_same(runs: Runs, strategy: str) -> None:
     case = Case("supervised", "sgd", None, 1)

@@ -193,7 +193,7 @@ class RunConfig(_Section):
 
     output: Path = Path("runs")
     experiment: str | None = None  # default: dataset and protocol
-    name: str | None = None  # default: METHOD-SHARE-sSEED
+    name: str | None = None  # default: CONFIG-SHARE-sSEED, see load_config
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     checkpoint_every: Annotated[int, Field(ge=0)] | None = None
     keep: Count = 2  # checkpoints that stay
@@ -291,6 +291,9 @@ def load_config(
     Later wins: the files it ``extends`` (in order), the file itself, the ``key.sub=value`` overrides. ``between`` the
     two stand further overrides, each list with the name of the file that has them.
 
+    A run without a name is called after the file, its share and its seed, ``dctc_extended-1/8-s0``: two files of one
+    method are two runs. Where the command line chooses the method, after that method.
+
     Raises:
         InputError: naming file or command line, key, and the nearest valid name.
     """
@@ -302,9 +305,14 @@ def load_config(
         for text in texts:
             _merge(merged, parse_override(text), source, origins)
     try:
-        return Config.model_validate(merged)
+        config = Config.model_validate(merged)
     except ValidationError as error:
         raise InputError("; ".join(_explain(item, origins, str(path)) for item in error.errors())) from None
+    if config.run.name is not None:
+        return config
+    kind = config.method.name if origins["method.name"] == COMMAND_LINE else Path(path).stem
+    name = f"{kind}-{config.data.labelled_share}-s{config.run.seed}"
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
 
 
 def parse_override(text: str) -> dict[str, Any]:

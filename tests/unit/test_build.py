@@ -266,8 +266,8 @@ def test_a_batch_that_does_not_divide_is_refused_before_the_first_round(dataset:
 def test_the_folder_is_named_by_dataset_and_run(dataset: Dataset, tmp_path: Path) -> None:
     run = located(dataset, tmp_path, "data.labelled_share=0.25", "run.seed=3")
     experiment = f"{dataset.manifest.name}-{dataset.manifest.protocol}"
-    assert (run.experiment, run.name) == (experiment, "dctc-1/4-s3")
-    assert run.folder == tmp_path / "runs" / experiment / "dctc-1_4-s3"
+    assert (run.experiment, run.name) == (experiment, "run-1/4-s3")
+    assert run.folder == tmp_path / "runs" / experiment / "run-1_4-s3"
     assert not run.folder.exists()
     make_folder(load_config(written(dataset, tmp_path), ["data.labelled_share=0.25", "run.seed=3"]), run, Parallel())
     again = load_config(run.folder / "config.yaml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,30 @@ def test_a_file_that_extends_itself_is_refused(folder: Path) -> None:
     message = refused(write(folder, LEAST + "extends: a.yaml\n"))
     assert "extends itself" in message
     assert "b.yaml" in message
+
+
+def test_a_run_is_called_after_its_file_unless_the_command_line_says_otherwise(folder: Path) -> None:
+    write(folder, "data: {dataset: d, labelled_share: 1/8}\nmethod: {name: dctc}\n", "dctc.yaml")
+    extended = write(folder, "extends: dctc.yaml\nmethod: {ensemble: true}\n", "dctc_extended.yaml")
+
+    def name(*overrides: str) -> str | None:
+        return load_config(extended, overrides).run.name
+
+    assert name() == "dctc_extended-1/8-s0"
+    assert name("data.labelled_share=0.25", "run.seed=2", "network.width=4") == "dctc_extended-1/4-s2"
+    assert name("method.name=cps", "method.ensemble=null") == "cps-1/8-s0"
+    assert name("run.name=mine") == "mine"
+    assert name("run.name=null") == "dctc_extended-1/8-s0"
+    written = write(folder, yaml.safe_dump(load_config(extended).plain()), "config.yaml")
+    assert load_config(written).run.name == "dctc_extended-1/8-s0", "a run's own copy of its settings is that run"
+
+
+def test_no_two_shipped_files_of_a_dataset_are_one_run() -> None:
+    """The README has one after the other: the second was taken for the first with other settings, and refused."""
+    runs = Counter(
+        (load_config(p).data.dataset, load_config(p).run.experiment, load_config(p).run.name) for p in SHIPPED
+    )
+    assert [run for run, times in runs.items() if times > 1] == []
 
 
 def test_a_diamond_is_no_circle(folder: Path) -> None:

@@ -26,6 +26,8 @@ _ORDER = ("unit", "golden", "data", "launch", "distributed", "system")
 def _turn(item: pytest.Item) -> tuple[int, int]:
     folder = item.path.relative_to(ROOT / "tests").parts[0]
     place = _ORDER.index(folder) if folder in _ORDER else len(_ORDER)
+    if item.get_closest_marker("replay") is not None and os.environ.get("DCTC_REPLAY_IMAGE") == "1":
+        return -1, place  # minutes of one worker: at the end the others would wait for it
     return int(item.get_closest_marker("slow") is not None), place
 
 

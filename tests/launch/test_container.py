@@ -107,6 +107,7 @@ class Image:
 
 
 @pytest.mark.slow
+@pytest.mark.replay
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(
     os.environ.get("DCTC_REPLAY_IMAGE") != "1",

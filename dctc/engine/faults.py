@@ -170,7 +170,8 @@ def lost_rank(parallel: Parallel) -> str:
 def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    words = ("can't allocate memory", "out of memory", "alloc_failed")  # of the CPU; of CUDA and NCCL; of cuDNN, cuBLAS
+    # Of the CPU; of CUDA and NCCL; of cuDNN, cuBLAS; of oneDNN, which says no more where it gets no memory.
+    words = ("can't allocate memory", "out of memory", "alloc_failed", "could not create a primitive")
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
